@@ -1,0 +1,226 @@
+"""Exceptions: each is a subclass of what SQLAlchemy and asyncpg raise today for the same event.
+
+Nothing here reads an error's text: an event is known by its type and its SQLSTATE.
+"""
+
+from __future__ import annotations
+
+import socket
+import ssl
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import exc as sa_exc
+
+__all__ = [
+    "AuthenticationFailed",
+    "CertificateNotTrusted",
+    "ConfigurationError",
+    "ConnectError",
+    "ConnectRefused",
+    "ConnectTimeout",
+    "DatabaseNotFound",
+    "HostNotFound",
+    "PasswordUnavailable",
+    "ServerNotReady",
+    "ServerUnreachable",
+    "StartupParameterRefused",
+    "StatementTimeout",
+    "TLSRefused",
+    "TooManyConnections",
+]
+
+
+class ConfigurationError(sa_exc.ArgumentError, ValueError):
+    """A setting, URL or argument cannot be honoured; the message names it and the remedy."""
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """What was tried before a connect was given up.
+
+    Attributes:
+        address: Whom we tried to reach, e.g. ``db.example.com:5432``; never holds a password.
+        attempts: How many physical connects were started.
+        elapsed: Seconds from the first attempt to giving up.
+    """
+
+    address: str
+    attempts: int
+    elapsed: float
+
+
+class ConnectError(sa_exc.OperationalError):
+    """No connection could be made. The base of all connect failures.
+
+    Attributes:
+        address: The server's address, without credentials.
+        attempts: Physical connects started.
+        elapsed: Seconds spent in total.
+        orig: The last cause, as the driver or the operating system raised it.
+    """
+
+    code = ""  # the message says it all: no link to SQLAlchemy's page on generic errors
+    hint = ""
+    errno: int | None  # some subclasses are OSErrors too
+
+    def __init__(self, attempt: Attempt, orig: BaseException) -> None:
+        super().__init__(None, None, orig, connection_invalidated=False)
+        self.attempt = attempt
+        self.address = attempt.address
+        self.attempts = attempt.attempts
+        self.elapsed = attempt.elapsed
+        self.args = (self._text(orig),)
+        self.errno = getattr(orig, "errno", None)
+
+    @property
+    def sqlstate(self) -> str | None:
+        """The server's SQLSTATE, or None where no server answered."""
+        return find_sqlstate(self.orig)
+
+    def _text(self, orig: BaseException) -> str:
+        tried = f"{self.attempts} attempt{'s' * (self.attempts != 1)} in {self.elapsed:.1f} s"
+        text = f"cannot connect to {self.address} ({tried}): {self._cause(orig)}"
+        return f"{text}. {self.hint}" if self.hint else text
+
+    def _cause(self, orig: BaseException) -> str:
+        return describe(orig)
+
+    def __reduce__(self) -> Any:
+        return (type(self), (self.attempt, self.orig))
+
+
+class ConnectTimeout(ConnectError, TimeoutError):
+    """``connection_timeout`` ran out before any address gave a usable connection."""
+
+    hint = (
+        "The limit is DATABASE_CONNECTION_TIMEOUT (all addresses and retries together): raise it"
+        " if the server needs longer to wake up, otherwise check the address and the firewall"
+    )
+
+
+class ServerUnreachable(ConnectError, ConnectionError):
+    """The network or the operating system would not let us through, or hung up on us."""
+
+    hint = "Check DATABASE_URL's host and port, that the server runs, and the way to it"
+
+
+class ConnectRefused(ServerUnreachable, ConnectionRefusedError):
+    """Nothing listens at the address."""
+
+
+class HostNotFound(ServerUnreachable, socket.gaierror):
+    """The host's name has no address."""
+
+    hint = "Check the host name in DATABASE_URL"
+
+
+class TLSRefused(ConnectError, ConnectionError):
+    """TLS was demanded and the server does not offer it, or the handshake failed."""
+
+    hint = (
+        "The URL demands TLS: turn it on at the server, or, on a network you trust,"
+        " say sslmode=prefer or sslmode=disable"
+    )
+
+
+class CertificateNotTrusted(TLSRefused, ssl.SSLCertVerificationError):
+    """The server's certificate is not signed by a trusted authority, or is for another host."""
+
+    hint = (
+        "Name the authority's certificate with sslrootcert=<file> (sslrootcert=system for the"
+        " system's own), and the host as the certificate spells it"
+    )
+
+
+class TooManyConnections(ConnectError):
+    """The server's ``max_connections``, or the role's or database's limit, is reached (53300)."""
+
+    hint = (
+        "Lower DATABASE_POOL_SIZE + DATABASE_MAX_OVERFLOW times the number of processes, or raise"
+        " the server's max_connections; `poolkit check` shows both"
+    )
+
+
+class ServerNotReady(ConnectError):
+    """The server is starting, stopping or recovering (57P01 to 57P03)."""
+
+
+class AuthenticationFailed(ConnectError):
+    """The server does not accept the user, the password or the way of connecting (28xxx)."""
+
+    hint = "Check the user and the password (DATABASE_USER, DATABASE_PASSWORD, DATABASE_URL)"
+
+
+class PasswordUnavailable(ConnectError):
+    """The callable that gives the password failed."""
+
+    hint = "`password=` is asked at every physical connect"
+
+    def _cause(self, orig: BaseException) -> str:
+        # Its text may hold what must not be logged.
+        return f"the password callable raised {type(orig).__name__}"
+
+
+class DatabaseNotFound(ConnectError):
+    """The database does not exist (3D000)."""
+
+    hint = "Check the database's name (DATABASE_NAME, or the end of DATABASE_URL's path)"
+
+
+class StartupParameterRefused(ConnectError):
+    """A pooler refuses one of the parameters sent at start-up (08P01)."""
+
+    hint = (
+        "Behind PgBouncer or its like, set DATABASE_POOLER to `transaction` or `session`"
+        " (`auto` finds out by itself), and take what it refuses out of the URL's `options`"
+    )
+
+
+class StatementTimeout(sa_exc.OperationalError, TimeoutError):
+    """A statement ran longer than it may: the server ended it, or we stopped waiting.
+
+    ``connection_invalidated`` tells which: False, the server ended it in time (57014) and the
+    connection is kept; True, the server never answered and the connection was discarded.
+    """
+
+    code = ""
+
+    def explained(self, text: str) -> StatementTimeout:
+        """The same error, saying ``text`` instead of the driver's words."""
+        self.args = (text,)
+        return self
+
+    @property
+    def sqlstate(self) -> str | None:
+        """``57014`` if the server ended the statement, None if it never answered."""
+        return find_sqlstate(self.orig)
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The error, then what it wraps (``orig``) or was raised from, outermost first."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = getattr(error, "orig", None) or error.__cause__
+
+
+def find_sqlstate(error: BaseException | None) -> str | None:
+    """The deepest SQLSTATE in the chain: the server's own, not a wrapper's."""
+    found = None
+    for cause in causes(error):
+        state = vars(type(cause)).get("sqlstate") or getattr(cause, "sqlstate", None)
+        if isinstance(state, str):
+            found = state
+    return found
+
+
+def describe(error: BaseException) -> str:
+    """The innermost error in one line, with its type where its text alone says too little."""
+    innermost = list(causes(error))[-1]
+    text = " ".join(str(innermost).split())
+    if find_sqlstate(innermost):
+        return f"{text} (SQLSTATE {find_sqlstate(innermost)})"
+    return f"{type(innermost).__name__}: {text}" if text else "no answer"

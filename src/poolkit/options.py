@@ -1,0 +1,262 @@
+"""From settings to the arguments of SQLAlchemy's ``create_async_engine``, without a network."""
+
+from __future__ import annotations
+
+import inspect
+import ssl
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from pydantic import SecretStr
+from sqlalchemy.engine import URL
+from sqlalchemy.pool import AsyncAdaptedQueuePool, Pool
+
+from poolkit import tls
+from poolkit.connect import STARTUP_SAFE, Connector
+from poolkit.contradictions import cache_problems
+from poolkit.dbapi import BoundedDbapi
+from poolkit.driver import (
+    BACKSTOP_MARGIN,
+    MET_WITHOUT_TRANSACTION,
+    assignment,
+    autocommit_refused,
+    milliseconds,
+)
+from poolkit.errors import ConfigurationError
+from poolkit.events import Observer
+from poolkit.parameters import UrlParameters, parse_duration
+from poolkit.settings import DatabaseSettings
+from poolkit.tls import TLSOptions
+from poolkit.url import DatabaseUrl
+
+Password = str | SecretStr | Callable[[], str | Awaitable[str]]
+
+NOT_YET = frozenset(
+    {
+        "pool_max_waiting",
+        "pool_overload_after",
+        "pool_max_connecting",
+        "pool_recycle_jitter",
+        "pool_idle_timeout",
+        "pool_min_idle",
+        "pool_keepalive",
+        "pool_ping_idle",
+        "leak_threshold",
+        "telemetry",
+        "pool_name",
+        "logfire_enabled",
+    }
+)
+"""Fields that are checked and documented, and refused if set: what they steer is not built yet."""
+
+
+class EngineOptions(NamedTuple):
+    """What to hand to SQLAlchemy: ``create_async_engine(options.url, **options.kwargs)``."""
+
+    url: URL
+    kwargs: dict[str, Any]
+
+
+def engine_options(
+    settings: DatabaseSettings,
+    *,
+    password: Password | None = None,
+    server_settings: Mapping[str, str] | None = None,
+    observers: Sequence[Observer] = (),
+    **engine_kwargs: Any,
+) -> EngineOptions:
+    """The URL and keyword arguments for SQLAlchemy's own ``create_async_engine``.
+
+    Opens no connection; reads certificate files. A plain engine made from it has the pool
+    settings, TLS, the bounded and retried connect and the pooler's profile;
+    ``poolkit.create_async_engine`` adds ``StatementTimeout`` and per-statement limits.
+
+    Args:
+        settings: The configuration.
+        password: In place of the settings' own: a string, or a callable, sync or async, asked at
+            every physical connect.
+        server_settings: PostgreSQL settings for every session, such as ``{"jit": "off"}``.
+        observers: Told of each connect and each failure to connect.
+        engine_kwargs: SQLAlchemy's own; they win over the settings. ``connect_args``, and the
+            ``server_settings`` in it, are merged key by key.
+
+    Raises:
+        ConfigurationError: Something cannot be honoured; names it and the remedy.
+    """
+    _refuse_not_yet(settings)
+    url = settings.database_url()
+    found = settings.url_parameters()
+    own_args = dict(engine_kwargs.pop("connect_args", None) or {})
+    session = _session(settings, found, {**(server_settings or {}), **_pop_settings(own_args)})
+    driver = found.driver | own_args
+    _check_driver(driver, settings.pooler, engine_kwargs.get("isolation_level"), session)
+    statement_limit = parse_duration(session["statement_timeout"])
+    options, context = _tls(driver.pop("ssl", None), found.tls)
+    connect_args: dict[str, Any] = {
+        **_location(url),
+        "timeout": settings.connection_timeout,
+        "ssl": options.mode if options.mode in ("allow", "prefer") else context or False,
+        **({"direct_tls": True} if options.direct else {}),
+        **driver,
+        "server_settings": session,
+        "command_timeout": _backstop(driver, statement_limit),
+    }
+    secret = _revealed(driver.get("password", password))
+    if callable(secret):
+        connect_args["password"] = secret
+    elif secret is not None:  # in the URL it is masked wherever it is shown
+        connect_args.pop("password", None)
+        url = url.with_password(secret)
+    if settings.pooler == "transaction":
+        connect_args |= {"prepared_statement_cache_size": 0, "statement_cache_size": 0}
+    connect_args.setdefault(
+        "async_creator_fn",
+        Connector(
+            pooler=settings.pooler,
+            keepalive=found.keepalive,
+            tls=context,
+            shuffle_hosts=found.shuffle_hosts,
+            session_limit=statement_limit,
+            caches_wanted=_wants_caches(driver),
+            observers=tuple(observers),
+        ),
+    )
+    defaults = _engine_defaults(settings) | _pool_defaults(settings, engine_kwargs)
+    return EngineOptions(
+        url.sqlalchemy(), defaults | engine_kwargs | {"connect_args": connect_args}
+    )
+
+
+def _refuse_not_yet(settings: DatabaseSettings) -> None:
+    fields = type(settings).model_fields
+    for name in sorted(NOT_YET):
+        if getattr(settings, name) != fields[name].default:
+            raise ConfigurationError(
+                f"{settings.variable(name, 'DATABASE_')} is not available yet: leave it out"
+            )
+
+
+def _pop_settings(connect_args: dict[str, Any]) -> dict[str, str]:
+    return dict(connect_args.pop("server_settings", None) or {})
+
+
+def _session(
+    settings: DatabaseSettings, found: UrlParameters, own: Mapping[str, str]
+) -> dict[str, str]:
+    """PostgreSQL's settings for every session; the caller's own win over the URL's."""
+    merged = {
+        "application_name": settings.application_name,
+        "statement_timeout": milliseconds(settings.statement_timeout),
+    }
+    if settings.lock_timeout:
+        merged["lock_timeout"] = milliseconds(settings.lock_timeout)
+    if settings.idle_in_transaction_timeout:
+        merged["idle_in_transaction_session_timeout"] = milliseconds(
+            settings.idle_in_transaction_timeout
+        )
+    merged |= found.server_settings | {name: str(value) for name, value in own.items()}
+    try:
+        merged["statement_timeout"] = milliseconds(parse_duration(merged["statement_timeout"]))
+    except ValueError as error:
+        raise ConfigurationError(f"server_settings: statement_timeout={error}") from None
+    for name, value in merged.items():
+        assignment(name, value)  # refuses what is no setting's name
+    return merged
+
+
+def _check_driver(
+    driver: dict[str, Any], pooler: str, isolation_level: Any, session: Mapping[str, str]
+) -> None:
+    def variable(field: str) -> str:
+        return f"DATABASE_{field}".upper()
+
+    for problem in cache_problems(driver, pooler, variable):
+        raise ConfigurationError(problem)
+    if pooler != "transaction":
+        return
+    if driver.get("prepared_statement_name_func"):
+        raise ConfigurationError(
+            "prepared_statement_name_func contradicts DATABASE_POOLER=transaction: named"
+            " statements stay on the pooler's server connections for ever. Leave it out"
+        )
+    lost = session.keys() - STARTUP_SAFE - MET_WITHOUT_TRANSACTION
+    if isolation_level == "AUTOCOMMIT" and lost:
+        raise autocommit_refused(lost)
+
+
+def _wants_caches(driver: Mapping[str, Any]) -> bool:
+    return any(
+        driver.get(name)
+        for name in (
+            "statement_cache_size",
+            "prepared_statement_cache_size",
+            "prepared_statement_name_func",
+        )
+    )
+
+
+def _tls(own: Any, asked: TLSOptions) -> tuple[TLSOptions, ssl.SSLContext | None]:
+    """The mode and the shared context; ``connect_args["ssl"]`` wins over the URL."""
+    if isinstance(own, ssl.SSLContext):
+        return TLSOptions(mode="require", direct=asked.direct), own
+    if own is not None:
+        mode = {True: "verify-full", False: "disable"}.get(own, own)
+        asked = TLSOptions(mode=str(mode), root=asked.root, certificate=asked.certificate)
+    options = tls.resolve(asked)
+    return options, tls.create_context(options)
+
+
+def _location(url: DatabaseUrl) -> dict[str, Any]:
+    """Several hosts and sockets, as the driver takes them; one TCP host is in the URL itself."""
+    if len(url.addresses) == 1:
+        (address,) = url.addresses
+        if not address.is_socket:
+            return {}
+        return {"host": address.host} | ({"port": address.port} if address.port else {})
+    if not url.addresses:
+        return {}
+    return {
+        "host": [address.host for address in url.addresses],
+        "port": [address.port for address in url.addresses],
+    }
+
+
+def _backstop(driver: Mapping[str, Any], statement_limit: float) -> float | None:
+    """The client's own limit; the caller's wins, and there None and 0 both mean none."""
+    if "command_timeout" in driver:
+        return driver["command_timeout"] or None
+    return statement_limit + BACKSTOP_MARGIN if statement_limit else None
+
+
+def _revealed(password: Password | None) -> Any:
+    return password.get_secret_value() if isinstance(password, SecretStr) else password
+
+
+def _engine_defaults(settings: DatabaseSettings) -> dict[str, Any]:
+    return {"echo": settings.echo, "module": BoundedDbapi()}
+
+
+def _pool_defaults(settings: DatabaseSettings, own: Mapping[str, Any]) -> dict[str, Any]:
+    """What the settings say of the pool, as far as the pool in use takes it."""
+    if own.get("pool") is not None:
+        return {}
+    poolclass: type[Pool] = own.get("poolclass") or AsyncAdaptedQueuePool
+    values = {
+        "pool_size": settings.pool_size,
+        "max_overflow": settings.max_overflow,
+        "pool_timeout": settings.pool_timeout,
+        "pool_use_lifo": settings.pool_use_lifo,
+        "pool_recycle": settings.pool_recycle or -1,
+        "pool_pre_ping": settings.pool_pre_ping,
+    }
+    accepted = {
+        name
+        for cls in poolclass.__mro__
+        for name in inspect.signature(vars(cls).get("__init__", Pool.__init__)).parameters
+        if cls is not object
+    }
+    return {
+        name: value
+        for name, value in values.items()
+        if name in accepted or name.removeprefix("pool_") in accepted
+    }
