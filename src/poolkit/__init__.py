@@ -22,7 +22,7 @@ from poolkit.errors import (
 from poolkit.events import ConnectionOpened, ConnectionOpenFailed, Event, Observer
 from poolkit.options import EngineOptions, engine_options
 from poolkit.settings import DatabaseSettings
-from poolkit.sources import SettingsWarning
+from poolkit.sources import MisspeltSetting, SettingsWarning
 
 __all__ = [
     "AuthenticationFailed",
@@ -38,6 +38,7 @@ __all__ = [
     "EngineOptions",
     "Event",
     "HostNotFound",
+    "MisspeltSetting",
     "Observer",
     "PasswordUnavailable",
     "ServerNotReady",

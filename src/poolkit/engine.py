@@ -24,7 +24,7 @@ def create_async_engine(
     settings: DatabaseSettings | None = None,
     observers: Sequence[Observer] = (),
     password: Password | None = None,
-    server_settings: Mapping[str, str] | None = None,
+    server_settings: Mapping[str, Any] | None = None,
     **engine_kwargs: Any,
 ) -> AsyncEngine:
     """Make an engine; opens no connection yet.
@@ -69,3 +69,5 @@ def _from_environment(url: str | URL | SecretStr | None) -> DatabaseSettings:
         raise ConfigurationError("\n".join(problems)) from None
     except SettingsError as error:
         raise ConfigurationError(str(error)) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"the .env file cannot be read: {error}") from None

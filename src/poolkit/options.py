@@ -41,6 +41,7 @@ NOT_YET = frozenset(
         "pool_min_idle",
         "pool_keepalive",
         "pool_ping_idle",
+        "pool_ping_timeout",
         "leak_threshold",
         "telemetry",
         "pool_name",
@@ -61,7 +62,7 @@ def engine_options(
     settings: DatabaseSettings,
     *,
     password: Password | None = None,
-    server_settings: Mapping[str, str] | None = None,
+    server_settings: Mapping[str, Any] | None = None,
     observers: Sequence[Observer] = (),
     **engine_kwargs: Any,
 ) -> EngineOptions:
@@ -88,7 +89,7 @@ def engine_options(
     found = settings.url_parameters()
     own_args = dict(engine_kwargs.pop("connect_args", None) or {})
     session = _session(settings, found, {**(server_settings or {}), **_pop_settings(own_args)})
-    driver = found.driver | own_args
+    driver = _with_both_caches(found.driver | own_args)
     _check_driver(driver, settings.pooler, engine_kwargs.get("isolation_level"), session)
     statement_limit = parse_duration(session["statement_timeout"])
     options, context = _tls(driver.pop("ssl", None), found.tls)
@@ -130,18 +131,19 @@ def engine_options(
 def _refuse_not_yet(settings: DatabaseSettings) -> None:
     fields = type(settings).model_fields
     for name in sorted(NOT_YET):
-        if getattr(settings, name) != fields[name].default:
+        default = fields[name].get_default(call_default_factory=True, validated_data=dict(settings))
+        if getattr(settings, name) != default:
             raise ConfigurationError(
                 f"{settings.variable(name, 'DATABASE_')} is not available yet: leave it out"
             )
 
 
-def _pop_settings(connect_args: dict[str, Any]) -> dict[str, str]:
+def _pop_settings(connect_args: dict[str, Any]) -> dict[str, Any]:
     return dict(connect_args.pop("server_settings", None) or {})
 
 
 def _session(
-    settings: DatabaseSettings, found: UrlParameters, own: Mapping[str, str]
+    settings: DatabaseSettings, found: UrlParameters, own: Mapping[str, Any]
 ) -> dict[str, str]:
     """PostgreSQL's settings for every session; the caller's own win over the URL's."""
     merged = {
@@ -154,7 +156,14 @@ def _session(
         merged["idle_in_transaction_session_timeout"] = milliseconds(
             settings.idle_in_transaction_timeout
         )
-    merged |= found.server_settings | {name: str(value) for name, value in own.items()}
+    merged |= found.server_settings
+    for name, value in own.items():
+        if value is not None:
+            merged[name] = str(value)
+        elif name == "statement_timeout":
+            merged[name] = "0"  # an explicit None is off, not the default
+        else:
+            merged.pop(name, None)
     try:
         merged["statement_timeout"] = milliseconds(parse_duration(merged["statement_timeout"]))
     except ValueError as error:
@@ -182,6 +191,13 @@ def _check_driver(
     lost = session.keys() - STARTUP_SAFE - MET_WITHOUT_TRANSACTION
     if isolation_level == "AUTOCOMMIT" and lost:
         raise autocommit_refused(lost)
+
+
+def _with_both_caches(driver: dict[str, Any]) -> dict[str, Any]:
+    """The two caches are one setting: where one is off, so is the other."""
+    sizes = ("statement_cache_size", "prepared_statement_cache_size")
+    off = any(driver.get(name) == 0 for name in sizes)
+    return (dict.fromkeys(sizes, 0) if off else {}) | driver
 
 
 def _wants_caches(driver: Mapping[str, Any]) -> bool:

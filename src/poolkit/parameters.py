@@ -80,10 +80,6 @@ def read_parameters(query: Mapping[str, str]) -> UrlParameters:
             handler(found, name, value)
         except ValueError as error:
             found.problems.append(str(error))
-    if found.driver.get("prepared_statement_cache_size") == 0:
-        found.driver.setdefault("statement_cache_size", 0)
-    elif found.driver.get("statement_cache_size") == 0:
-        found.driver.setdefault("prepared_statement_cache_size", 0)
     return found
 
 

@@ -54,10 +54,15 @@ def _program_name() -> str:
     return name.encode()[:NAME_LIMIT].decode(errors="ignore") or "python"
 
 
-_UNLIMITED = "an unlimited pool moves the outage to the server, so give a number; the default is"
-_REMEDIES = {"pool_size": f"{_UNLIMITED} 10", "max_overflow": f"{_UNLIMITED} 5"}
+_UNLIMITED = frozenset({"pool_size", "max_overflow"})
+"""Fields whose lowest values mean unlimited to SQLAlchemy."""
 
-Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+def _none_is_off(value: object) -> object:
+    return 0.0 if value is None else value
+
+
+Seconds = Annotated[float, BeforeValidator(_none_is_off), Field(ge=0, allow_inf_nan=False)]
 SecondsAbove0 = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -312,9 +317,11 @@ class DatabaseSettings(BaseSettings):
             return f"{name!r} is not a setting{sources.did_you_mean(name, cls.model_fields)}"
         shown = "" if name in SECRET_FIELDS else f"={detail['input']!r}"
         meaning = f"{detail['msg'][0].lower()}{detail['msg'][1:]}"
-        remedy = _REMEDIES.get(name, f"the default is {field.default}")
+        remedy = f"the default is {field.default}"
         if field.default is None or field.default_factory is not None:
             remedy = "leave it out for the default"
+        elif name in _UNLIMITED and detail["type"] == "greater_than_equal":
+            remedy = f"unlimited only moves the outage to the server, and {remedy}"
         return f"{cls.variable(name)}{shown}: {meaning}; {remedy}"
 
     def database_url(self) -> DatabaseUrl:

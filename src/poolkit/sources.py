@@ -10,6 +10,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, cast
 
+from pydantic import Secret
 from pydantic.fields import FieldInfo
 from pydantic_settings import (
     BaseSettings,
@@ -18,7 +19,26 @@ from pydantic_settings import (
     SettingsError,
 )
 
+from poolkit.errors import ConfigurationError
+from poolkit.url import parse_url
+
 PARTS = frozenset({"host", "port", "user", "name"})
+
+_OTHER_NAMES = {
+    "uri": "url",
+    "dsn": "url",
+    "hostname": "host",
+    "username": "user",
+    "pass": "password",
+    "pwd": "password",
+    "db": "name",
+    "dbname": "name",
+    "database": "name",
+}
+"""What other libraries call some of the settings; too short to be found by likeness."""
+
+_SHORT = 4
+"""Letters up to which one slip changes much of a name."""
 
 prefix: ContextVar[str] = ContextVar("prefix", default="DATABASE_")
 """The prefix of the settings under construction; messages name variables by it."""
@@ -27,7 +47,11 @@ _origins: ContextVar[dict[str, str] | None] = ContextVar("origins", default=None
 
 
 class SettingsWarning(UserWarning):
-    """A variable looks like a misspelt setting, or like another system's."""
+    """The environment holds something that was not taken as it may have been meant."""
+
+
+class MisspeltSetting(SettingsWarning):
+    """A variable is near a setting's name; the message has the likely one."""
 
 
 @contextmanager
@@ -43,8 +67,24 @@ def recording() -> Iterator[dict[str, str]]:
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """``; did you mean ...?`` if a known name is near."""
-    near = difflib.get_close_matches(name.lower(), [k.lower() for k in known], n=1, cutoff=0.75)
-    return f"; did you mean {near[0]}?" if near else ""
+    near = _nearest(name.lower(), known)
+    return f"; did you mean {near}?" if near else ""
+
+
+def _nearest(name: str, known: Iterable[str]) -> str | None:
+    if name in _OTHER_NAMES:
+        return _OTHER_NAMES[name]
+    cutoff = 0.65 if len(name) <= _SHORT else 0.75
+    near = difflib.get_close_matches(name, sorted(known), n=1, cutoff=cutoff)
+    return near[0] if near else None
+
+
+def _has_password(url: object) -> bool:
+    text = url.get_secret_value() if isinstance(url, Secret) else url
+    try:
+        return parse_url(str(text)).password is not None
+    except ConfigurationError:
+        return False
 
 
 class Layered(PydanticBaseSettingsSource):
@@ -103,6 +143,8 @@ class Layered(PydanticBaseSettingsSource):
         barred = set(so_far)
         if "url" in so_far:
             barred |= PARTS
+            if _has_password(so_far["url"]):
+                barred.add("password")
         if PARTS & so_far.keys():
             barred.add("url")
         return {name: value for name, value in found.items() if name not in barred}
@@ -143,12 +185,12 @@ class Layered(PydanticBaseSettingsSource):
             name = variable.lower().removeprefix(start)
             if not start or name == variable.lower() or name in known | files:
                 continue
-            near = difflib.get_close_matches(name, sorted(known | files), n=1, cutoff=0.75)
+            near = _nearest(name, known | files)
             if near:
                 warnings.warn(
                     f"{variable.upper()} in {where} is not a setting; did you mean"
-                    f" {start.upper()}{near[0].upper()}?",
-                    SettingsWarning,
+                    f" {start.upper()}{near.upper()}?",
+                    MisspeltSetting,
                     stacklevel=2,
                 )
 

@@ -41,9 +41,9 @@ class Address:
         return f"{host}:{self.port or DEFAULT_PORT}"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class DatabaseUrl:
-    """A URL taken apart. ``str()`` masks the password.
+    """A URL taken apart. ``str()`` and ``repr()`` mask its secrets.
 
     Attributes:
         addresses: In the order in which they are tried; empty means libpq's default (the local
@@ -53,7 +53,7 @@ class DatabaseUrl:
 
     addresses: tuple[Address, ...] = ()
     user: str | None = None
-    password: str | None = field(default=None, repr=False)
+    password: str | None = None
     database: str | None = None
     query: Mapping[str, str] = field(default_factory=dict)
 
@@ -84,21 +84,16 @@ class DatabaseUrl:
         return {"host": tuple(str(address) for address in self.addresses)}
 
     def __str__(self) -> str:
-        return self.render(password=MASK)
-
-    def render(self, *, password: str | None = None) -> str:
-        """The URL as text; ``password`` replaces the real one, if there is one."""
-        shown = self.password if password is None else password
         login = quote(self.user or "", safe="")
         if self.password is not None:
-            login += f":{quote(shown or '', safe='*')}"
+            login += f":{MASK}"
         hosts = ",".join(
             quote(a.host, safe="") + (f":{a.port}" if a.port else "")
             if a.is_socket
             else (str(a) if a.port else str(a).removesuffix(f":{DEFAULT_PORT}"))
             for a in self.addresses
         )
-        query = "&".join(f"{key}={quote(self._shown(key), safe='/,:')}" for key in self.query)
+        query = "&".join(f"{key}={quote(self._shown(key), safe='/,:*')}" for key in self.query)
         return "".join(
             (
                 "postgresql://",
@@ -108,6 +103,9 @@ class DatabaseUrl:
                 f"?{query}" if query else "",
             )
         )
+
+    def __repr__(self) -> str:
+        return f"DatabaseUrl({str(self)!r})"
 
     def _shown(self, key: str) -> str:
         return MASK if key == "sslpassword" else self.query[key]

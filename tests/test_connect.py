@@ -1,0 +1,405 @@
+"""The connector's rules, with the driver's connect replaced and time virtual."""
+
+import asyncio
+import socket
+import ssl
+from collections.abc import Callable
+from typing import Any
+
+import asyncpg
+import looptime
+import pytest
+
+from poolkit import (
+    AuthenticationFailed,
+    CertificateNotTrusted,
+    ConnectError,
+    ConnectionOpened,
+    ConnectionOpenFailed,
+    ConnectRefused,
+    ConnectTimeout,
+    DatabaseNotFound,
+    HostNotFound,
+    PasswordUnavailable,
+    ServerNotReady,
+    ServerUnreachable,
+    StartupParameterRefused,
+    TLSRefused,
+    TooManyConnections,
+)
+from poolkit.connect import LONGEST_PAUSE, Connector
+
+REFUSED = ConnectionRefusedError(111, "Connect call failed")
+
+
+class FakeConnection:
+    """As much of a driver connection as the connector touches."""
+
+    pooler = "none"
+    terminated = False
+
+    def __init__(self, arguments: dict[str, Any]) -> None:
+        self.arguments = arguments
+        self.executed: list[str] = []
+
+    def set_keepalive(self, _: object) -> None: ...
+
+    def set_up(self, *, pooler: str, session_limit: float, transaction_settings: dict) -> None:
+        self.pooler, self.transaction_settings = pooler, transaction_settings
+
+    def get_server_pid(self) -> int:
+        return 7
+
+    async def execute(self, query: str) -> str:
+        self.executed.append(query)
+        return "SELECT 1"
+
+    def terminate(self) -> None:
+        self.terminated = True
+
+
+class FakeDriver:
+    """``asyncpg.connect`` that does what a script says: an exception, a delay or a success."""
+
+    def __init__(self, script: Callable[[int, dict[str, Any]], Any]) -> None:
+        self.script = script
+        self.times: list[float] = []
+        self.calls: list[dict[str, Any]] = []
+
+    async def connect(self, **arguments: Any) -> FakeConnection:
+        self.times.append(asyncio.get_running_loop().time())
+        self.calls.append(arguments)
+        step = self.script(len(self.calls), arguments)
+        if isinstance(step, float):
+            await asyncio.sleep(step)
+        elif isinstance(step, BaseException):
+            raise step
+        return FakeConnection(arguments)
+
+
+@pytest.fixture
+def run(monkeypatch):
+    """Call a connector on a virtual clock: (result or error, driver, seconds, events)."""
+
+    def runner(script, *, connector=None, **arguments):
+        driver = FakeDriver(script)
+        monkeypatch.setattr(asyncpg, "connect", driver.connect)
+        events: list[object] = []
+        connector = connector or Connector(pooler="none")
+        connector.observers = [events.append]
+
+        async def main():
+            loop = asyncio.get_running_loop()
+            started = loop.time()
+            given = {"timeout": 10, "host": "h", "port": 1, "ssl": False} | arguments
+            try:
+                result = await connector(**given)
+            except Exception as error:  # noqa: BLE001
+                result = error
+            return result, driver, loop.time() - started, events
+
+        def loop_factory():
+            return looptime.patch_event_loop(asyncio.new_event_loop())
+
+        with asyncio.Runner(loop_factory=loop_factory) as loop:
+            return loop.run(main())
+
+    return runner
+
+
+def pg(sqlstate: str) -> asyncpg.PostgresError:
+    return asyncpg.PostgresError.new({"C": sqlstate, "M": "the server's words", "S": "FATAL"})
+
+
+TRANSIENT = [
+    (REFUSED, ConnectRefused),
+    (ConnectionResetError(104, "reset"), ServerUnreachable),
+    (OSError("Multiple exceptions"), ServerUnreachable),
+    (FileNotFoundError(2, "no socket"), ServerUnreachable),
+    (socket.gaierror(-2, "Name or service not known"), HostNotFound),
+    (asyncpg.ConnectionDoesNotExistError("closed in the middle"), ServerUnreachable),
+    (pg("53300"), TooManyConnections),
+    (pg("57P01"), ServerNotReady),
+    (pg("57P03"), ServerNotReady),
+    (asyncpg.exceptions.TargetServerAttributeNotMatched("no"), ServerNotReady),
+]
+PERMANENT = [
+    (pg("28P01"), AuthenticationFailed),
+    (pg("28000"), AuthenticationFailed),
+    (pg("3D000"), DatabaseNotFound),
+    (pg("08P01"), StartupParameterRefused),
+    (pg("42704"), ConnectError),
+    (PermissionError(13, "socket"), ServerUnreachable),
+    (ssl.SSLCertVerificationError(1, "self-signed"), CertificateNotTrusted),
+    (ssl.SSLError(1, "handshake"), TLSRefused),
+    (asyncpg.InterfaceError("bad argument"), ConnectError),
+]
+
+
+def name(value: object) -> str | None:
+    if isinstance(value, type):
+        return value.__name__
+    return getattr(value, "sqlstate", None) or type(value).__name__
+
+
+@pytest.mark.parametrize(("cause", "expected"), TRANSIENT, ids=name)
+def test_transient_failures_are_retried_inside_the_bound(run, cause, expected) -> None:
+    """They go on until the total time has gone, and then say what the last cause was."""
+    error, driver, seconds, events = run(lambda *_: cause)
+
+    assert type(error) is expected
+    assert 10 - LONGEST_PAUSE <= seconds <= 10
+    assert error.attempts == len(driver.calls) > 10
+    assert error.orig is cause
+    assert error.__cause__ is cause
+    assert events == [ConnectionOpenFailed("h:1", error.elapsed, error.attempts, error)]
+
+
+@pytest.mark.parametrize(("cause", "expected"), PERMANENT, ids=name)
+def test_permanent_failures_fail_at_once(run, cause, expected) -> None:
+    """Another attempt would end the same."""
+    error, driver, seconds, _ = run(lambda *_: cause)
+
+    assert type(error) is expected
+    assert (seconds, len(driver.calls)) == (0, 1)
+
+
+@pytest.mark.parametrize(("cause", "expected"), TRANSIENT[:1] + PERMANENT[6:7])
+def test_errors_are_what_was_raised_before(run, cause, expected) -> None:
+    """Code that catches the operating system's error, or SQLAlchemy's, goes on working."""
+    error, *_ = run(lambda *_: cause, timeout=0.1)
+
+    assert isinstance(error, type(cause))
+    assert isinstance(error, ConnectError)
+    assert error.errno == cause.errno
+
+
+def test_the_message_says_what_was_tried(run) -> None:
+    """Address, attempts, time, cause and remedy."""
+    error, *_ = run(lambda *_: pg("28P01"))
+
+    assert str(error) == (
+        "cannot connect to h:1 (1 attempt in 0.0 s): the server's words (SQLSTATE 28P01)."
+        " Check the user and the password (DATABASE_USER, DATABASE_PASSWORD, DATABASE_URL)"
+    )
+    assert error.sqlstate == "28P01"
+
+
+def test_success_after_failures(run) -> None:
+    """A server that comes up in time is connected to, and the event counts the attempts."""
+    connection, driver, seconds, events = run(lambda n, _: REFUSED if n < 6 else None)
+
+    assert isinstance(connection, FakeConnection)
+    assert len(driver.calls) == 6
+    assert seconds < 5 * LONGEST_PAUSE
+    assert events == [ConnectionOpened("h:1", seconds, 6, "none")]
+
+
+def test_pauses_grow_and_are_jittered(run, monkeypatch) -> None:
+    """The longest possible pause doubles from 50 ms to 500 ms; each is drawn below it."""
+    highest: list[float] = []
+
+    def draw(low: float, high: float) -> float:
+        assert low == 0
+        highest.append(high)
+        return high
+
+    monkeypatch.setattr("random.uniform", draw)
+    _, driver, *_ = run(lambda n, _: REFUSED if n < 7 else None)
+
+    assert highest == [0.05, 0.1, 0.2, 0.4, 0.5, 0.5]
+    pauses = [b - a for a, b in zip(driver.times, driver.times[1:], strict=False)]
+    assert pauses == pytest.approx(highest)
+
+
+def test_a_silent_server(run) -> None:
+    """One attempt that never ends is ended at the bound."""
+    error, driver, seconds, _ = run(lambda *_: 1000.0, timeout=3)
+
+    assert type(error) is ConnectTimeout
+    assert isinstance(error, TimeoutError)
+    assert (seconds, len(driver.calls)) == (3, 1)
+    assert "DATABASE_CONNECTION_TIMEOUT" in str(error)
+
+
+def test_addresses_share_the_time(run) -> None:
+    """Two silent hosts of three leave the third its third."""
+    connection, driver, seconds, _ = run(
+        lambda _, arguments: None if arguments["host"] == "c" else 1000.0,
+        timeout=9,
+        host=["a", "b", "c"],
+        port=[1, 1, 1],
+    )
+    assert isinstance(connection, FakeConnection)
+    assert [call["host"] for call in driver.calls] == ["a", "b", "c"]
+    assert seconds == pytest.approx(6)
+
+
+def test_a_permanent_failure_ends_the_round(run) -> None:
+    """A wrong password at the first host is not tried at the second."""
+    error, driver, *_ = run(lambda *_: pg("28P01"), host=["a", "b"], port=[1, 1])
+    assert (type(error), len(driver.calls)) == (AuthenticationFailed, 1)
+
+
+def test_hosts_in_random_order(run, monkeypatch) -> None:
+    """load_balance_hosts=random shuffles each round."""
+    monkeypatch.setattr("random.shuffle", lambda hosts: hosts.reverse())
+    connector = Connector(pooler="none", shuffle_hosts=True)
+    _, driver, *_ = run(lambda *_: None, connector=connector, host=["a", "b"], port=[1, 1])
+    assert driver.calls[0]["host"] == "b"
+
+
+def test_prefer_standby(run) -> None:
+    """All hosts are asked for a standby first, then any will do."""
+    def script(_, arguments):
+        if arguments["target_session_attrs"] == "standby":
+            return asyncpg.exceptions.TargetServerAttributeNotMatched("a primary")
+        return None
+
+    _, driver, *_ = run(
+        script, host=["a", "b"], port=[1, 1], target_session_attrs="prefer-standby"
+    )
+    assert [(c["host"], c["target_session_attrs"]) for c in driver.calls] == [
+        ("a", "standby"),
+        ("b", "standby"),
+        ("a", "any"),
+    ]
+
+
+class TestPassword:
+    """A password may be asked for at every physical connect."""
+
+    def test_callables(self, run) -> None:
+        """Sync or async, once for each attempt."""
+        tokens = iter(["one", "two"])
+
+        async def ask() -> str:
+            return next(tokens)
+
+        _, driver, *_ = run(lambda n, _: REFUSED if n == 1 else None, password=ask)
+        assert [call["password"] for call in driver.calls] == ["one", "two"]
+        _, driver, *_ = run(lambda *_: None, password=lambda: "plain")
+        assert driver.calls[0]["password"] == "plain"
+
+    def test_a_callable_that_fails(self, run) -> None:
+        """Its type is named, not its words, which may hold the secret."""
+
+        def ask() -> str:
+            raise ValueError("t0ken")
+
+        error, driver, *_ = run(lambda *_: None, password=ask)
+        assert type(error) is PasswordUnavailable
+        assert "ValueError" in str(error)
+        assert "t0ken" not in str(error)
+        assert driver.calls == []
+
+
+class TestFallback:
+    """`prefer` and `allow` try with TLS and without, as libpq does."""
+
+    CONTEXT = ssl.create_default_context()
+
+    def connector(self) -> Connector:
+        return Connector(pooler="none", tls=self.CONTEXT)
+
+    def test_prefer_without_tls_at_the_server(self, run) -> None:
+        """A refusal of TLS is followed by a plain connect, and remembered."""
+        connector = self.connector()
+
+        def script(_, arguments):
+            return ConnectionError("rejected SSL upgrade") if arguments["ssl"] else None
+
+        _, first, *_ = run(script, connector=connector, ssl="prefer")
+        _, second, *_ = run(script, connector=connector, ssl="prefer")
+        assert [call["ssl"] for call in first.calls] == [self.CONTEXT, False]
+        assert [call["ssl"] for call in second.calls] == [False]
+
+    def test_allow_where_only_tls_is_let_in(self, run) -> None:
+        """A refusal by pg_hba.conf (28000) is followed by one with TLS."""
+
+        def script(_, arguments):
+            return None if arguments["ssl"] else pg("28000")
+
+        _, driver, *_ = run(script, connector=self.connector(), ssl="allow")
+        assert [call["ssl"] for call in driver.calls] == [False, self.CONTEXT]
+
+    def test_a_wrong_password_is_not_tried_twice(self, run) -> None:
+        """Only what the transport may change is tried on the other."""
+        error, driver, *_ = run(lambda *_: pg("28P01"), connector=self.connector(), ssl="prefer")
+        assert (type(error), len(driver.calls)) == (AuthenticationFailed, 1)
+
+
+class TestPooler:
+    """What is sent at start-up, and what later, for each pooler."""
+
+    SETTINGS = {"application_name": "a", "statement_timeout": "5", "search_path": "x"}
+
+    def run_as(self, run, pooler: str, script=lambda *_: None, **arguments):
+        return run(
+            script,
+            connector=Connector(pooler=pooler),
+            server_settings=self.SETTINGS,
+            **arguments,
+        )
+
+    def test_direct(self, run) -> None:
+        """All settings are sent at start-up."""
+        connection, *_ = self.run_as(run, "none")
+        assert connection.arguments["server_settings"] == self.SETTINGS
+        assert (connection.executed, connection.transaction_settings) == ([], {})
+
+    def test_session(self, run) -> None:
+        """What a pooler refuses at start-up is set right after it, in one round trip."""
+        connection, *_ = self.run_as(run, "session")
+        assert connection.arguments["server_settings"] == {"application_name": "a"}
+        assert connection.executed == ["SET statement_timeout = '5';SET search_path = 'x';"]
+
+    def test_transaction(self, run) -> None:
+        """What a pooler refuses is set in each transaction, and the driver's cache is off."""
+        connection, *_ = self.run_as(run, "transaction")
+        assert connection.arguments["server_settings"] == {"application_name": "a"}
+        assert connection.arguments["statement_cache_size"] == 0
+        assert connection.transaction_settings == {"statement_timeout": "5", "search_path": "x"}
+
+    def test_auto_direct_asks_once_an_address(self, run) -> None:
+        """The process that answers is compared once; later connects cost nothing more."""
+        connector = Connector()
+        first, *_ = run(lambda *_: None, connector=connector)
+        second, *_ = run(lambda *_: None, connector=connector)
+        assert first.executed == ["SELECT 1 WHERE pg_backend_pid() = 7"]
+        assert second.executed == []
+
+    def test_auto_finds_a_pooler_by_its_refusal(self, run) -> None:
+        """08P01 at start-up: again without the settings, and from then on at once."""
+        connector = Connector()
+
+        def script(_, arguments):
+            refused = "statement_timeout" in arguments["server_settings"]
+            return asyncpg.ProtocolViolationError("unsupported startup parameter") if refused else None
+
+        settings = {"server_settings": self.SETTINGS, "connector": connector}
+        first, driver, *_ = run(script, **settings)
+        _, again, *_ = run(script, **settings)
+        assert (first.pooler, len(driver.calls), len(again.calls)) == ("transaction", 2, 1)
+
+    def test_auto_finds_a_pooler_that_takes_everything(self, run, monkeypatch) -> None:
+        """Another process answers than was announced: reconnect as behind a pooler."""
+
+        async def another(self, query: str) -> str:
+            return "SELECT 0"
+
+        monkeypatch.setattr(FakeConnection, "execute", another)
+        connection, driver, *_ = run(lambda *_: None, connector=Connector())
+        assert (connection.pooler, len(driver.calls)) == ("transaction", 2)
+
+    def test_auto_notices_a_pooler_that_comes_later(self, run) -> None:
+        """An address found direct, where a pooler was put since, is looked at anew."""
+        connector = Connector()
+        run(lambda *_: None, connector=connector)
+
+        def script(_, arguments):
+            refused = "statement_timeout" in arguments["server_settings"]
+            return asyncpg.ProtocolViolationError("refused") if refused else None
+
+        connection, *_ = run(script, connector=connector, server_settings=self.SETTINGS)
+        assert connection.pooler == "transaction"
