@@ -251,14 +251,13 @@ def test_hosts_in_random_order(run, monkeypatch) -> None:
 
 def test_prefer_standby(run) -> None:
     """All hosts are asked for a standby first, then any will do."""
+
     def script(_, arguments):
         if arguments["target_session_attrs"] == "standby":
             return asyncpg.exceptions.TargetServerAttributeNotMatched("a primary")
         return None
 
-    _, driver, *_ = run(
-        script, host=["a", "b"], port=[1, 1], target_session_attrs="prefer-standby"
-    )
+    _, driver, *_ = run(script, host=["a", "b"], port=[1, 1], target_session_attrs="prefer-standby")
     assert [(c["host"], c["target_session_attrs"]) for c in driver.calls] == [
         ("a", "standby"),
         ("b", "standby"),
@@ -375,7 +374,9 @@ class TestPooler:
 
         def script(_, arguments):
             refused = "statement_timeout" in arguments["server_settings"]
-            return asyncpg.ProtocolViolationError("unsupported startup parameter") if refused else None
+            return (
+                asyncpg.ProtocolViolationError("unsupported startup parameter") if refused else None
+            )
 
         settings = {"server_settings": self.SETTINGS, "connector": connector}
         first, driver, *_ = run(script, **settings)

@@ -11,7 +11,13 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.pool import NullPool
 
-from poolkit import ConfigurationError, DatabaseSettings, StatementTimeout, create_async_engine
+from poolkit import (
+    ConfigurationError,
+    DatabaseSettings,
+    StatementTimeout,
+    create_async_engine,
+    timeouts,
+)
 
 SLEEP = text("SELECT pg_sleep(60)")
 LIMIT = text("SHOW statement_timeout")
@@ -288,7 +294,6 @@ class TestOwnLimit:
 
     async def test_costs_no_round_trip_of_its_own(self, engine, monkeypatch) -> None:
         """For a whole transaction the limit rides on BEGIN."""
-        from poolkit import timeouts
 
         def extra(*_: object, **__: object) -> None:
             raise AssertionError

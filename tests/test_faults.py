@@ -110,7 +110,9 @@ def attempt(make_engine):
 async def test_a_silent_server(attempt) -> None:
     """It accepts and never answers: ConnectTimeout at the bound."""
     async with listener(silent) as port:
-        error, seconds = await attempt(f"postgresql://u:s3cret@127.0.0.1:{port}/d?connect_timeout=1")
+        error, seconds = await attempt(
+            f"postgresql://u:s3cret@127.0.0.1:{port}/d?connect_timeout=1"
+        )
 
     assert type(error) is ConnectTimeout
     assert isinstance(error, OperationalError)
@@ -290,7 +292,8 @@ class TestTLS:
         assert seconds < SLACK
 
     @pytest.mark.parametrize(
-        "query", ["sslmode=verify-full", "sslmode=require&channel_binding=require", "sslrootcert=system"]
+        "query",
+        ["sslmode=verify-full", "sslmode=require&channel_binding=require", "sslrootcert=system"],
     )
     async def test_not_trusted(self, attempt, tls_server, query) -> None:
         """The system does not know the authority; channel_binding=require is not dropped."""

@@ -28,7 +28,11 @@ def imports(path: Path) -> set[str]:
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module == "poolkit":
-            found |= {alias.name for alias in node.names if (SOURCE / alias.name).with_suffix(".py").exists()}
+            found |= {
+                alias.name
+                for alias in node.names
+                if (SOURCE / alias.name).with_suffix(".py").exists()
+            }
         elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("poolkit."):
             found.add(node.module.split(".")[1])
     return found
@@ -68,7 +72,9 @@ def test_importing_poolkit_loads_nothing_it_does_not_need() -> None:
         "import sys, poolkit; print([name for name in ('typer', 'rich', 'logfire', 'fastapi',"
         " 'opentelemetry', 'pytest', 'poolkit.testing', 'poolkit.cli') if name in sys.modules])"
     )
-    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    printed = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
     assert (printed.stdout.strip(), printed.stderr) == ("[]", "")
 
 

@@ -160,7 +160,9 @@ def test_a_value_and_a_file_for_it(monkeypatch, tmp_path: Path) -> None:
     monkeypatch.setenv("DATABASE_PASSWORD", "a")
     monkeypatch.setenv("DATABASE_PASSWORD_FILE", str(tmp_path))
 
-    with pytest.raises(SettingsError, match="DATABASE_PASSWORD and DATABASE_PASSWORD_FILE are both"):
+    with pytest.raises(
+        SettingsError, match="DATABASE_PASSWORD and DATABASE_PASSWORD_FILE are both"
+    ):
         DatabaseSettings()
 
 

@@ -20,7 +20,9 @@ def files(tmp_path_factory) -> dict[str, str]:
     certificate.cert_chain_pems[0].write_to_path(directory / "client.pem")
     certificate.private_key_pem.write_to_path(directory / "client.key")
     (directory / "junk.pem").write_text("no certificate")
-    return {path.stem if path.suffix != ".key" else "key": str(path) for path in directory.iterdir()}
+    return {
+        path.stem if path.suffix != ".key" else "key": str(path) for path in directory.iterdir()
+    }
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from poolkit.testing import PostgresServer
 
 Run = Callable[..., Result]
 
-SECRET = "hunter2-s3cret"  # noqa: S105
+SECRET = "hunter2-s3cret"
 LOGIN = f"postgresql://me:{SECRET}@"
 
 
@@ -81,7 +81,7 @@ def test_several_problems_are_one_bullet_each(run: Run) -> None:
     result = run("check", f"{LOGIN}h/d", DATABASE_POOL_SIZE="ten", DATABASE_LOCK_TIMEOUT="-3")
 
     assert_one_clear_error(result, 2, "2 problems", "DATABASE_POOL_SIZE", "DATABASE_LOCK_TIMEOUT")
-    assert 2 == len(re.findall(r"^  \* ", result.stderr, re.MULTILINE))
+    assert len(re.findall(r"^  \* ", result.stderr, re.MULTILINE)) == 2
 
 
 def test_other_prefix_is_named(run: Run) -> None:
@@ -318,11 +318,11 @@ def test_warns(found: Found, words: str) -> None:
 @pytest.mark.parametrize("address", ["127.0.0.1:5432", "[::1]:5432", "/run/pg:5432", "localhost:1"])
 def test_no_warning_of_plain_connections_on_this_machine(address: str) -> None:
     """What never leaves the machine needs no TLS."""
-    assert [] == list(cautions(replace(WELL, address=address, tls=None), "DATABASE_"))
+    assert list(cautions(replace(WELL, address=address, tls=None), "DATABASE_")) == []
 
 
 def test_pooler_decides_on_room() -> None:
     """Behind a pooler the server's max_connections says nothing of our pool."""
     found = replace(WELL, pooler="transaction", room=replace(WELL.room, max_connections=10))
 
-    assert [] == list(cautions(found, "DATABASE_"))
+    assert list(cautions(found, "DATABASE_")) == []

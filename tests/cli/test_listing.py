@@ -14,7 +14,7 @@ from poolkit import DatabaseSettings
 
 Run = Callable[..., Result]
 
-SECRET = "hunter2-s3cret"  # noqa: S105
+SECRET = "hunter2-s3cret"
 URL = f"postgresql://me:{SECRET}@db.example.com/app"
 
 
@@ -33,7 +33,7 @@ def test_says_where_each_value_came_from(run: Run) -> None:
         "settings",
         DATABASE_URL="postgresql://me@h/d?connect_timeout=4",
         DATABASE_CONNECTION_TIMEOUT="",
-        DATABASE_PASSWORD_FILE="secret",  # noqa: S106
+        DATABASE_PASSWORD_FILE="secret",
         DATABASE_LOCK_TIMEOUT="1.5",
     )
 
@@ -124,7 +124,7 @@ def test_env_leaves_a_secret_file_in_place(run: Run) -> None:
         "settings",
         "--env",
         DATABASE_URL="postgresql://me@h/d",
-        DATABASE_PASSWORD_FILE="secret",  # noqa: S106
+        DATABASE_PASSWORD_FILE="secret",
     ).stdout
 
     assert "# read from the file that DATABASE_PASSWORD_FILE names" in text

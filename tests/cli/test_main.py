@@ -16,7 +16,7 @@ Run = Callable[..., Result]
 
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(  # noqa: S603 (our own code)
+    return subprocess.run(
         [sys.executable, "-c", code],
         env=os.environ | environment,
         capture_output=True,

@@ -143,8 +143,10 @@ def _rows(found: Found) -> Iterator[tuple[str, str]]:
     yield "pooler", POOLERS[found.pooler]
     yield (
         "timeouts",
-        f"at the server: statement {limit(timeouts.statement)}, lock {limit(timeouts.lock)},"
-        f" idle in transaction {limit(timeouts.idle_in_transaction)}",
+        (
+            f"at the server: statement {limit(timeouts.statement)}, lock {limit(timeouts.lock)},"
+            f" idle in transaction {limit(timeouts.idle_in_transaction)}"
+        ),
     )
     yield from _room_rows(found)
 
@@ -165,8 +167,10 @@ def _room_rows(found: Found) -> Iterator[tuple[str, str]]:
     room = found.room
     yield (
         "pool",
-        f"{room.pool_size} + {room.max_overflow} overflow: at most"
-        f" {count(room.per_process, 'connection')} per process",
+        (
+            f"{room.pool_size} + {room.max_overflow} overflow: at most"
+            f" {count(room.per_process, 'connection')} per process"
+        ),
     )
     yield "room", f"{count(room.usable, 'connection')} ({_source(room)}), {room.in_use} in use now"
     if found.pooler == "none":

@@ -32,6 +32,7 @@ class Failure:
     details: dict[str, Any] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
+        """What stands under `error` in the JSON output."""
         message = "\n".join(self.problems)
         return {"type": self.type, "message": message, "problems": [*self.problems]} | self.details
 

@@ -186,7 +186,7 @@ def postgres(
     port: int | None = None,
     start_timeout: float = 60.0,
 ) -> ThrowawayPostgres:
-    """A throwaway PostgreSQL: `with postgres() as server:`, or `async with`.
+    """A PostgreSQL server to throw away, by `with` or `async with`.
 
     It listens on 127.0.0.1 and on a Unix socket, asks for a password (SCRAM), and is gone at the
     end of the block, data and all, even if this process is killed by SIGKILL. It does not protect
@@ -283,7 +283,7 @@ def _driver_url(parts: SplitResult) -> str:
 async def _identity(dsn: str, timeout: float) -> tuple[str, str, str, str]:
     connection = await asyncpg.connect(dsn, timeout=timeout, command_timeout=timeout)
     try:
-        row = await connection.fetchrow(
+        (row,) = await connection.fetch(
             "SELECT current_setting('server_version_num'), current_setting('server_version'),"
             " current_user::text, current_database()::text"
         )
