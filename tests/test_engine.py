@@ -171,6 +171,18 @@ class TestStatementTimeout:
         async with engine.connect() as connection:
             assert await scalar(connection, text("SELECT pg_backend_pid()")) != pid
 
+    async def test_canceled_by_an_operator(self, engine, server) -> None:
+        """pg_cancel_backend has the same SQLSTATE; the message has the server's own words."""
+        async with engine.connect() as connection, engine.connect() as operator:
+            pid = await scalar(connection, text("SELECT pg_backend_pid()"))
+            running = asyncio.ensure_future(connection.execute(SLEEP))
+            cancel = text("SELECT pg_cancel_backend(:pid)")
+            while not running.done():
+                await operator.execute(cancel, {"pid": pid})
+                await asyncio.sleep(0.02)
+            with pytest.raises(StatementTimeout, match="user request"):
+                await running
+
     async def test_off(self, make_engine, server) -> None:
         """0 is off at the server, and the client waits."""
         engine = make_engine(settings={"url": server.url, "statement_timeout": 0})
@@ -258,6 +270,16 @@ class TestOwnLimit:
             await savepoint.rollback()
             assert await scalar(connection, LIMIT) == "20s"
 
+    async def test_a_savepoint_saves_the_transaction(self, engine) -> None:
+        """After a statement with a limit of its own failed, ROLLBACK TO goes through alone."""
+        async with engine.connect() as connection:
+            for query, expected in ((SLEEP, StatementTimeout), (text("SELECT 1/0"), DBAPIError)):
+                savepoint = await connection.begin_nested()
+                with pytest.raises(expected):
+                    await connection.execute(query, execution_options={"statement_timeout": 0.1})
+                await savepoint.rollback()
+                assert await scalar(connection, LIMIT) == "10s"
+
     async def test_after_a_timeout(self, engine) -> None:
         """A statement that ran into its own limit leaves none behind."""
         async with engine.connect() as connection:
@@ -275,6 +297,17 @@ class TestOwnLimit:
             with pytest.raises(StatementTimeout):
                 await connection.execute(SLEEP, execution_options={"statement_timeout": 0.1})
             assert await scalar(connection, LIMIT) == "10s"
+
+    async def test_cancelled_in_autocommit(self, engine) -> None:
+        """A cancelled statement is left at once: no attempt to take its limit back."""
+        async with engine.connect() as plain:
+            connection = await plain.execution_options(isolation_level="AUTOCOMMIT")
+            with pytest.raises(TimeoutError) as caught:
+                async with asyncio.timeout(0.2):
+                    await connection.execute(SLEEP, execution_options={"statement_timeout": 8})
+            assert not isinstance(caught.value, StatementTimeout)
+            assert connection.invalidated
+        assert engine.pool.checkedout() == 0
 
     async def test_while_streaming(self, engine) -> None:
         """A server-side cursor fetches under its statement's limit."""

@@ -260,7 +260,8 @@ def _pool_defaults(settings: DatabaseSettings, own: Mapping[str, Any]) -> dict[s
     values = {
         "pool_size": settings.pool_size,
         "max_overflow": settings.max_overflow,
-        "pool_timeout": settings.pool_timeout,
+        # On SQLAlchemy 2.0 a wait of exactly 0 fails although a connection is idle.
+        "pool_timeout": max(settings.pool_timeout, 0.001),
         "pool_use_lifo": settings.pool_use_lifo,
         "pool_recycle": settings.pool_recycle or -1,
         "pool_pre_ping": settings.pool_pre_ping,

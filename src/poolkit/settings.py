@@ -71,7 +71,8 @@ class DatabaseSettings(BaseSettings):
 
     Each field is the variable ``DATABASE_`` + its name in capitals. Sources, strongest first:
     keyword arguments, the environment, files named by ``DATABASE_<NAME>_FILE``, ``.env``, a
-    ``secrets_dir``, parameters of the URL itself. ``DatabaseSettings(_env_prefix="REPORTS_")``
+    ``secrets_dir``; a URL's own parameters rank just below the source of the URL.
+    ``DatabaseSettings(_env_prefix="REPORTS_")``
     reads a second database's. Frozen and hashable. Durations are seconds.
 
     Raises:

@@ -14,7 +14,13 @@ from sqlalchemy import Engine, event
 from sqlalchemy.engine import ExceptionContext
 
 from poolkit.driver import DriverConnection, autocommit_refused, milliseconds
-from poolkit.errors import ConfigurationError, ConnectError, StatementTimeout, find_sqlstate
+from poolkit.errors import (
+    ConfigurationError,
+    ConnectError,
+    StatementTimeout,
+    describe,
+    find_sqlstate,
+)
 
 OPTION = "statement_timeout"
 """The execution option: seconds, of a statement, a connection or an engine; 0 or None is off."""
@@ -70,12 +76,18 @@ def _limited(cursor: Any, statement: str, context: Any, run: Callable[[], None])
         raise autocommit_refused(driver.needs_transaction)
     if OPTION not in options and driver.limit == driver.session_limit:
         return False
+    if statement.lstrip()[:11].upper() == "ROLLBACK TO":
+        # Sent alone, for the transaction may be aborted; and with it the server takes back what
+        # was set since the savepoint.
+        run()
+        driver.limit = _UNKNOWN
+        return True
     limit = _seconds(options, driver)
     if fairy.dbapi_connection.autocommit:
         _run_in_autocommit(fairy.dbapi_connection, driver, limit, run)
     else:
         _run_in_transaction(fairy.dbapi_connection, driver, limit, run)
-        _restore(cursor, statement, context, fairy.dbapi_connection, driver)
+        _restore(cursor, context, fairy.dbapi_connection, driver)
     return True
 
 
@@ -89,16 +101,11 @@ def _run_in_transaction(
     run()
 
 
-def _restore(
-    cursor: Any, statement: str, context: Any, adapted: Any, driver: DriverConnection
-) -> None:
+def _restore(cursor: Any, context: Any, adapted: Any, driver: DriverConnection) -> None:
     """Take a single statement's limit back, so that COMMIT does not run under it.
 
     Not while a server-side cursor still fetches: the next statement sets its own.
     """
-    if statement.lstrip()[:11].upper() == "ROLLBACK TO":
-        driver.limit = _UNKNOWN  # the server took back what was set since the savepoint
-        return
     standing = _seconds(context.root_connection.get_execution_options(), driver)
     if driver.limit != standing and not getattr(cursor, "server_side", False):
         _set_limit(adapted, driver, standing, local=True)
@@ -120,9 +127,13 @@ def _run_in_autocommit(
         _set_limit(adapted, driver, limit, local=False)
         try:
             run()
-        finally:
+        except TimeoutError:
+            raise  # nobody answers; SQLAlchemy discards the connection, as after a cancellation
+        except Exception:
             if not driver.is_closed():
                 _set_limit(adapted, driver, driver.session_limit, local=False)
+            raise
+        _set_limit(adapted, driver, driver.session_limit, local=False)
 
 
 def _set_limit(adapted: Any, driver: DriverConnection, limit: float, *, local: bool) -> None:
@@ -149,9 +160,9 @@ def _translate(context: ExceptionContext) -> StatementTimeout | None:
     if isinstance(error, ConnectError):
         return None
     if find_sqlstate(error) == _CANCELED:
-        reason = f"the server ended it at its limit{_limit_in_force(context)}"
+        text = f"the server ended the statement: {describe(error)}{_limit_in_force(context)}"
     elif isinstance(error, TimeoutError) and error.errno is None:
-        reason = "the server did not answer in time, and the connection was discarded"
+        text = "the server did not answer in time, and the connection was discarded"
     else:
         return None
     wrapped = context.sqlalchemy_exception
@@ -164,7 +175,7 @@ def _translate(context: ExceptionContext) -> StatementTimeout | None:
         ismulti=wrapped.ismulti if wrapped is not None else None,
     )
     return timeout.explained(
-        f"the statement took too long: {reason}. The limit is DATABASE_STATEMENT_TIMEOUT, or"
+        f"{text}. The limit is DATABASE_STATEMENT_TIMEOUT, or"
         " execution_options(statement_timeout=...) for this one"
     )
 
@@ -178,4 +189,4 @@ def _limit_in_force(context: ExceptionContext) -> str:
         return ""
     execution = context.execution_context
     limit = _seconds(execution.execution_options, driver) if execution else driver.limit
-    return f" of {limit:g} s" if limit else ""
+    return f"; its limit was {limit:g} s" if limit else ""
