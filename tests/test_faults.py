@@ -77,9 +77,14 @@ def forward_to(port: int) -> Handler:
                 target.write(data)
             target.close()
 
-        await asyncio.gather(
-            copy(reader, upstream_writer), copy(upstream_reader, writer), return_exceptions=True
-        )
+        try:
+            await asyncio.gather(
+                copy(reader, upstream_writer),
+                copy(upstream_reader, writer),
+                return_exceptions=True,
+            )
+        finally:
+            upstream_writer.close()
 
     return handler
 
