@@ -169,7 +169,9 @@ class TestUse:
         """`bin_dir` names the binaries, of any version."""
         binaries = find_or_skip(version=version)
         with postgres(bin_dir=binaries.bin_dir) as server:
-            assert (server.version, server.bin_dir) == (version, binaries.bin_dir)
+            assert server.version == version
+            # A copy, if the server's user could not reach them.
+            assert server.bin_dir.parts[-2:] == binaries.bin_dir.parts[-2:]
 
     def test_attributes(self, shared: PostgresServer) -> None:
         """The parts of the URL are attributes too, and `environ` is what a service needs."""
