@@ -222,6 +222,14 @@ def test_a_silent_server(run) -> None:
     assert "DATABASE_CONNECTION_TIMEOUT" in str(error)
 
 
+def test_an_attempt_cut_short_does_not_hide_the_cause(run) -> None:
+    """Refused again and again, and the last attempt had no time: it is still a refusal."""
+    error, *_ = run(lambda n, _: REFUSED if n < 4 else 1000.0, timeout=0.6)
+    assert type(error) is ConnectRefused
+    error, *_ = run(lambda n, _: REFUSED if n < 4 else 1000.0, timeout=5)
+    assert type(error) is ConnectTimeout
+
+
 def test_addresses_share_the_time(run) -> None:
     """Two silent hosts of three leave the third its third."""
     connection, driver, seconds, _ = run(

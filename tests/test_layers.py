@@ -11,8 +11,9 @@ SOURCE = Path(poolkit.__file__).parent
 LAYERS = (
     {"errors", "events", "_version"},
     {"url", "tls", "parameters", "sources", "contradictions", "settings"},
-    {"driver", "connect", "dbapi", "options"},
-    {"engine", "timeouts"},
+    {"driver", "connect", "dbapi"},
+    {"pool"},
+    {"options", "engine", "timeouts", "lifecycle"},
     {"testing"},
     {"cli"},
 )

@@ -7,7 +7,13 @@ import pytest
 from sqlalchemy.ext.asyncio import create_async_engine as sqlalchemys_own
 from sqlalchemy.pool import AsyncAdaptedQueuePool, NullPool, StaticPool
 
-from poolkit import ConfigurationError, DatabaseSettings, EngineOptions, engine_options
+from poolkit import (
+    ConfigurationError,
+    DatabaseSettings,
+    EngineOptions,
+    HandoffPool,
+    engine_options,
+)
 
 URL = "postgresql://u:s3cret@h:5433/d"
 
@@ -34,6 +40,18 @@ def test_the_defaults() -> None:
         "pool_recycle": 7200.0,
         "pool_pre_ping": True,
         "pool_use_lifo": True,
+        "pool_max_waiting": None,
+        "pool_overload_after": 1.0,
+        "pool_max_connecting": 4,
+        "pool_recycle_jitter": 0.1,
+        "pool_idle_timeout": 600.0,
+        "pool_min_idle": 0,
+        "pool_keepalive": 0.0,
+        "pool_ping_idle": 1.0,
+        "pool_ping_timeout": 1.0,
+        "leak_threshold": 0.0,
+        "poolclass": HandoffPool,
+        "observers": [],
     }
     args = kwargs["connect_args"]
     assert (args["timeout"], args["command_timeout"], args["ssl"]) == (10.0, 11.0, "prefer")
@@ -112,7 +130,7 @@ def test_sqlalchemy_takes_them(poolclass) -> None:
     own = {"poolclass": poolclass} if poolclass else {}
     url, kwargs = options(**own)
     engine = sqlalchemys_own(url, **kwargs)
-    assert isinstance(engine.pool, poolclass or AsyncAdaptedQueuePool)
+    assert isinstance(engine.pool, poolclass or HandoffPool)
 
 
 def test_recycle_off() -> None:
@@ -213,16 +231,6 @@ def test_refuses_what_cannot_work(settings, kwargs, says) -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("pool_max_waiting", 5),
-        ("pool_overload_after", 0),
-        ("pool_max_connecting", 1),
-        ("pool_recycle_jitter", 0),
-        ("pool_idle_timeout", 1),
-        ("pool_min_idle", 1),
-        ("pool_keepalive", 1),
-        ("pool_ping_idle", 0),
-        ("pool_ping_timeout", 0.5),
-        ("leak_threshold", 1),
         ("telemetry", "full"),
         ("pool_name", "x"),
         ("logfire_enabled", True),

@@ -24,6 +24,9 @@ FIRST_PAUSE = 0.05
 LONGEST_PAUSE = 0.5
 """Seconds: the longest pause between attempts, so that a server that is back is found soon."""
 
+FAIR_CHANCE = 1.0
+"""Seconds that an attempt needs to count as having been given a chance."""
+
 STARTUP_SAFE = frozenset(
     {"application_name", "client_encoding", "datestyle", "timezone", "options"}
     | {"standard_conforming_strings"}
@@ -43,7 +46,15 @@ class _Progress:
     address: str = ""
     attempts: int = 0
     cause: BaseException | None = None
-    waiting: bool = False
+    attempt_began: float = 0.0
+
+    def has_just_begun(self, deadline: float | None) -> bool:
+        """Whether the attempt that the deadline cut short is not what took the time.
+
+        What the attempts before it ended with is then the better account.
+        """
+        recent = (deadline or 0.0) - self.attempt_began < FAIR_CHANCE
+        return recent and self.cause is not None
 
     def so_far(self, now: float) -> Attempt:
         return Attempt(self.address, self.attempts, now - self.started)
@@ -117,6 +128,8 @@ class Connector:
             raise
         except TimeoutError as error:
             cause = progress.cause or error
+            if isinstance(cause, Exception) and progress.has_just_begun(bound.when()):
+                raise failure(_now(progress), cause) from cause
             raise errors.ConnectTimeout(_now(progress), cause) from cause
 
     async def _persist(
@@ -232,6 +245,7 @@ class Connector:
         if address is not None:
             arguments |= {"host": address.host, "port": address.port}
         progress.attempts += 1
+        progress.attempt_began = asyncio.get_running_loop().time()
         arguments |= {"server_settings": settings, "connection_class": DriverConnection}
         arguments["timeout"] = None  # the bound stands around all of this
         connection: DriverConnection = await asyncpg.connect(**arguments)

@@ -10,6 +10,7 @@ fails where it changes:
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import socket
@@ -75,6 +76,11 @@ class DriverConnection(asyncpg.Connection):
         with socket.socket(fileno=os.dup(own.fileno())) as sock:
             if sock.family in (socket.AF_INET, socket.AF_INET6):
                 _set_keepalive(sock, keepalive)
+
+    def shut_socket(self) -> None:
+        """End the session at once where there is no event loop any more to do it in good order."""
+        with contextlib.suppress(OSError):
+            self._network.get_extra_info("socket").shutdown(socket.SHUT_RDWR)
 
     def limit_next_transaction(self, seconds: float) -> None:
         """Have the next BEGIN set this statement timeout, in the same round trip."""

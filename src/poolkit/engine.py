@@ -35,7 +35,7 @@ def create_async_engine(
     Args:
         url: In place of ``DATABASE_URL``; the other variables still apply.
         settings: In place of the environment, which is then not read.
-        observers: Told of each connect and each failure to connect.
+        observers: Told of every event of the connects and of the pool.
         password: A string, or a callable, sync or async, asked at every physical connect; for
             tokens that rotate.
         server_settings: PostgreSQL settings for every session, such as ``{"jit": "off"}``.

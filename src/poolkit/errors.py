@@ -23,12 +23,16 @@ __all__ = [
     "DatabaseNotFound",
     "HostNotFound",
     "PasswordUnavailable",
+    "PoolDraining",
+    "PoolOverloaded",
+    "PoolTimeout",
     "ServerNotReady",
     "ServerUnreachable",
     "StartupParameterRefused",
     "StatementTimeout",
     "TLSRefused",
     "TooManyConnections",
+    "WrongEventLoop",
 ]
 
 
@@ -196,6 +200,28 @@ class StatementTimeout(sa_exc.OperationalError, TimeoutError):
     def sqlstate(self) -> str | None:
         """``57014`` if the server ended the statement, None if it never answered."""
         return find_sqlstate(self.orig)
+
+
+class PoolTimeout(sa_exc.TimeoutError):
+    """No connection became free within ``pool_timeout``; the message has the pool's state."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, code="3o7r")
+
+    def __reduce__(self) -> Any:
+        return (type(self), (self.args[0],))
+
+
+class PoolOverloaded(PoolTimeout):
+    """Too many callers wait already (``pool_max_waiting``): refused without waiting."""
+
+
+class PoolDraining(sa_exc.InvalidRequestError):
+    """The engine was drained for a shutdown and gives out no connection any more."""
+
+
+class WrongEventLoop(sa_exc.InvalidRequestError):
+    """An engine was used from a second event loop; its connections belong to the first."""
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:

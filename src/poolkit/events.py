@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Protocol
 
 _log = logging.getLogger("poolkit.events")
@@ -47,6 +48,145 @@ class ConnectionOpenFailed(Event):
     duration: float
     attempts: int
     error: Exception
+
+
+class CloseReason(StrEnum):
+    """Why a connection was closed."""
+
+    RECYCLED = "recycled"
+    IDLE = "idle"
+    OVERFLOW = "overflow"
+    LOST = "lost"
+    PING_FAILED = "ping_failed"
+    INVALIDATED = "invalidated"
+    DETACHED = "detached"
+    GARBAGE_COLLECTED = "garbage_collected"
+    DISPOSED = "disposed"
+    DRAINED = "drained"
+
+
+@dataclass(frozen=True, slots=True)
+class CheckedOut(Event):
+    """A caller got a connection.
+
+    Attributes:
+        wait: Seconds in the queue; 0 if a connection was idle.
+        ping: Seconds that the liveness check took; 0 if none was due.
+        open: Seconds that the connect took, if the connection was new; 0 otherwise.
+    """
+
+    wait: float
+    ping: float
+    open: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class CheckedIn(Event):
+    """A connection came back.
+
+    Attributes:
+        use: Seconds it was in use.
+    """
+
+    use: float
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectionInvalidated(Event):
+    """A connection was found dead, or was declared so.
+
+    Attributes:
+        error: What showed it, if anything did.
+    """
+
+    error: BaseException | None
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectionClosed(Event):
+    """A connection left the pool.
+
+    Attributes:
+        reason: Why.
+        age: Seconds since it was opened.
+    """
+
+    reason: CloseReason
+    age: float
+
+
+@dataclass(frozen=True, slots=True)
+class CheckoutTimedOut(Event):
+    """A caller waited in vain for ``pool_timeout``.
+
+    Attributes:
+        waited: Seconds.
+        error: What the caller got.
+    """
+
+    waited: float
+    error: Exception
+
+
+@dataclass(frozen=True, slots=True)
+class CheckoutRefused(Event):
+    """A caller was turned away: ``pool_max_waiting`` is reached, or the pool is draining.
+
+    Attributes:
+        error: What the caller got.
+    """
+
+    error: Exception
+
+
+@dataclass(frozen=True, slots=True)
+class LongHolder(Event):
+    """A connection has been in use for longer than ``leak_threshold``.
+
+    Attributes:
+        held: Seconds so far.
+        task: The holder's task name, or None if it has ended.
+        stack: Where that task stands now, as a traceback prints it.
+    """
+
+    held: float
+    task: str | None
+    stack: str
+
+
+@dataclass(frozen=True, slots=True)
+class LongHolderReturned(Event):
+    """A reported long holder gave its connection back.
+
+    Attributes:
+        held: Seconds in all.
+        task: The holder's task name, if it was known.
+    """
+
+    held: float
+    task: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class OverloadBegan(Event):
+    """The first in line has waited for too long: the newest are served first from now on.
+
+    Attributes:
+        waiting: Callers in the queue.
+    """
+
+    waiting: int
+
+
+@dataclass(frozen=True, slots=True)
+class OverloadEnded(Event):
+    """The queue is empty again: first come, first served.
+
+    Attributes:
+        lasted: Seconds.
+    """
+
+    lasted: float
 
 
 class Observer(Protocol):

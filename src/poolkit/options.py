@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from pydantic import SecretStr
 from sqlalchemy.engine import URL
-from sqlalchemy.pool import AsyncAdaptedQueuePool, Pool
+from sqlalchemy.pool import Pool
 
 from poolkit import tls
 from poolkit.connect import STARTUP_SAFE, Connector
@@ -25,29 +25,14 @@ from poolkit.driver import (
 from poolkit.errors import ConfigurationError
 from poolkit.events import Observer
 from poolkit.parameters import UrlParameters, parse_duration
+from poolkit.pool import HandoffPool
 from poolkit.settings import DatabaseSettings
 from poolkit.tls import TLSOptions
 from poolkit.url import DatabaseUrl
 
 Password = str | SecretStr | Callable[[], str | Awaitable[str]]
 
-NOT_YET = frozenset(
-    {
-        "pool_max_waiting",
-        "pool_overload_after",
-        "pool_max_connecting",
-        "pool_recycle_jitter",
-        "pool_idle_timeout",
-        "pool_min_idle",
-        "pool_keepalive",
-        "pool_ping_idle",
-        "pool_ping_timeout",
-        "leak_threshold",
-        "telemetry",
-        "pool_name",
-        "logfire_enabled",
-    }
-)
+NOT_YET = frozenset({"telemetry", "pool_name", "logfire_enabled"})
 """Fields that are checked and documented, and refused if set: what they steer is not built yet."""
 
 
@@ -77,7 +62,7 @@ def engine_options(
         password: In place of the settings' own: a string, or a callable, sync or async, asked at
             every physical connect.
         server_settings: PostgreSQL settings for every session, such as ``{"jit": "off"}``.
-        observers: Told of each connect and each failure to connect.
+        observers: Told of every event of the connects and of the pool.
         engine_kwargs: SQLAlchemy's own; they win over the settings. ``connect_args``, and the
             ``server_settings`` in it, are merged key by key.
 
@@ -85,6 +70,7 @@ def engine_options(
         ConfigurationError: Something cannot be honoured; names it and the remedy.
     """
     _refuse_not_yet(settings)
+    watching = list(observers)  # one list for the connects and the pool, to be added to later
     url = settings.database_url()
     found = settings.url_parameters()
     own_args = dict(engine_kwargs.pop("connect_args", None) or {})
@@ -119,10 +105,10 @@ def engine_options(
             shuffle_hosts=found.shuffle_hosts,
             session_limit=statement_limit,
             caches_wanted=_wants_caches(driver),
-            observers=tuple(observers),
+            observers=watching,
         ),
     )
-    defaults = _engine_defaults(settings) | _pool_defaults(settings, engine_kwargs)
+    defaults = _engine_defaults(settings) | _pool_defaults(settings, engine_kwargs, watching)
     return EngineOptions(
         url.sqlalchemy(), defaults | engine_kwargs | {"connect_args": connect_args}
     )
@@ -252,19 +238,31 @@ def _engine_defaults(settings: DatabaseSettings) -> dict[str, Any]:
     return {"echo": settings.echo, "module": BoundedDbapi()}
 
 
-def _pool_defaults(settings: DatabaseSettings, own: Mapping[str, Any]) -> dict[str, Any]:
+def _pool_defaults(
+    settings: DatabaseSettings, own: Mapping[str, Any], observers: list[Observer]
+) -> dict[str, Any]:
     """What the settings say of the pool, as far as the pool in use takes it."""
     if own.get("pool") is not None:
         return {}
-    poolclass: type[Pool] = own.get("poolclass") or AsyncAdaptedQueuePool
+    poolclass: type[Pool] = own.get("poolclass") or HandoffPool
     values = {
         "pool_size": settings.pool_size,
         "max_overflow": settings.max_overflow,
-        # On SQLAlchemy 2.0 a wait of exactly 0 fails although a connection is idle.
-        "pool_timeout": max(settings.pool_timeout, 0.001),
+        "pool_timeout": settings.pool_timeout,
         "pool_use_lifo": settings.pool_use_lifo,
         "pool_recycle": settings.pool_recycle or -1,
         "pool_pre_ping": settings.pool_pre_ping,
+        "pool_max_waiting": settings.pool_max_waiting,
+        "pool_overload_after": settings.pool_overload_after,
+        "pool_max_connecting": settings.pool_max_connecting,
+        "pool_recycle_jitter": settings.pool_recycle_jitter,
+        "pool_idle_timeout": settings.pool_idle_timeout,
+        "pool_min_idle": settings.pool_min_idle,
+        "pool_keepalive": settings.pool_keepalive,
+        "pool_ping_idle": settings.pool_ping_idle,
+        "pool_ping_timeout": settings.pool_ping_timeout,
+        "leak_threshold": settings.leak_threshold,
+        "observers": observers,
     }
     accepted = {
         name
@@ -272,7 +270,7 @@ def _pool_defaults(settings: DatabaseSettings, own: Mapping[str, Any]) -> dict[s
         for name in inspect.signature(vars(cls).get("__init__", Pool.__init__)).parameters
         if cls is not object
     }
-    return {
+    return {"poolclass": poolclass} | {
         name: value
         for name, value in values.items()
         if name in accepted or name.removeprefix("pool_") in accepted

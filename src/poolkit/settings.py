@@ -156,7 +156,8 @@ class DatabaseSettings(BaseSettings):
     pool_overload_after: Seconds = Field(
         default=1.0,
         description="Seconds that the first in line has waited when the queue turns to newest"
-        " first, until it is empty again. 0 is always first come, first served.",
+        " first, until it is empty again; sooner, if callers are seen to give up sooner. 0 is"
+        " always first come, first served.",
     )
     pool_max_connecting: int = Field(
         default=4, ge=1, description="Connects that may be under way at once, per pool."

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import asyncpg
 from sqlalchemy import Engine, event
 from sqlalchemy.engine import ExceptionContext
 
@@ -18,6 +19,7 @@ from poolkit.errors import (
     ConfigurationError,
     ConnectError,
     StatementTimeout,
+    causes,
     describe,
     find_sqlstate,
 )
@@ -39,6 +41,8 @@ def install(engine: Engine) -> None:
 
 
 def _do_execute(cursor: Any, statement: str, parameters: Any, context: Any) -> bool:
+    if _has_nothing_to_do(context):  # asked at every statement: nothing else is made before it
+        return False
     return _limited(
         cursor,
         statement,
@@ -48,6 +52,8 @@ def _do_execute(cursor: Any, statement: str, parameters: Any, context: Any) -> b
 
 
 def _do_executemany(cursor: Any, statement: str, parameters: Any, context: Any) -> bool:
+    if _has_nothing_to_do(context):
+        return False
     return _limited(
         cursor,
         statement,
@@ -57,6 +63,8 @@ def _do_executemany(cursor: Any, statement: str, parameters: Any, context: Any) 
 
 
 def _do_execute_no_params(cursor: Any, statement: str, context: Any) -> bool:
+    if _has_nothing_to_do(context):
+        return False
     return _limited(
         cursor,
         statement,
@@ -65,13 +73,20 @@ def _do_execute_no_params(cursor: Any, statement: str, context: Any) -> bool:
     )
 
 
+def _has_nothing_to_do(context: Any) -> bool:
+    driver = context.root_connection.connection.driver_connection
+    return not isinstance(driver, DriverConnection) or (
+        driver.limit == driver.session_limit
+        and OPTION not in context.execution_options
+        and not driver.needs_transaction
+    )
+
+
 def _limited(cursor: Any, statement: str, context: Any, run: Callable[[], None]) -> bool:
     """Execute under the statement's own limit; False leaves it to SQLAlchemy: nothing to do."""
     options = context.execution_options
     fairy = context.root_connection.connection
-    driver = fairy.driver_connection
-    if not isinstance(driver, DriverConnection):
-        return False
+    driver: DriverConnection = fairy.driver_connection
     if driver.needs_transaction and fairy.dbapi_connection.autocommit:
         raise autocommit_refused(driver.needs_transaction)
     if OPTION not in options and driver.limit == driver.session_limit:
@@ -158,6 +173,10 @@ def _seconds(options: Any, driver: DriverConnection) -> float:
 def _translate(context: ExceptionContext) -> StatementTimeout | None:
     error = context.original_exception
     if isinstance(error, ConnectError):
+        return None
+    if any(isinstance(cause, asyncpg.InternalClientError) for cause in causes(error)):
+        # The driver has lost track of the protocol, as after a backend was killed.
+        context.is_disconnect = True
         return None
     if find_sqlstate(error) == _CANCELED:
         text = f"the server ended the statement: {describe(error)}{_limit_in_force(context)}"

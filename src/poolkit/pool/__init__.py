@@ -1,0 +1,8 @@
+"""The connection pool."""
+
+from poolkit.pool import forks as _forks  # noqa: F401 (registers its hook)
+from poolkit.pool.base import DrainReport
+from poolkit.pool.handoff import HandoffPool
+from poolkit.pool.stats import PoolStats
+
+__all__ = ["DrainReport", "HandoffPool", "PoolStats"]

@@ -1,0 +1,412 @@
+"""What every pool does around checkout and check-in: its state, its end, and its answers."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Coroutine, Iterable
+from dataclasses import dataclass, fields
+from typing import Any, Self
+
+from sqlalchemy.pool import Pool
+from sqlalchemy.util import await_only
+from sqlalchemy.util.concurrency import in_greenlet
+
+from poolkit import events
+from poolkit.errors import WrongEventLoop
+from poolkit.events import CloseReason, Event, Observer, notify
+from poolkit.pool.queue import Waiter, WaitQueue
+from poolkit.pool.record import CLOSE_TIMEOUT, PooledRecord
+from poolkit.pool.stats import Counters, PoolStats, frozen
+
+
+class Opening:
+    """A connect under way, and the caller that gets its error if it fails."""
+
+    __slots__ = ("owner", "task")
+
+    def __init__(self, owner: Waiter | None) -> None:
+        self.owner = owner
+        self.task: asyncio.Task[Any] | None = None
+        if owner is not None:
+            owner.opening = self
+
+
+@dataclass(frozen=True, slots=True)
+class DrainReport:
+    """How a drain went.
+
+    Attributes:
+        seconds: How long it took.
+        closed: Connections that were closed in good order.
+        terminated: Connections still in use when the time was up, and dropped.
+        refused: Callers in the queue that were turned away.
+    """
+
+    seconds: float
+    closed: int
+    terminated: int
+    refused: int
+
+
+class PoolBase(Pool):
+    """The state of a pool. Counts are sizes of its collections, never sums of steps."""
+
+    _is_asyncio = True
+
+    # Not keyword-only: SQLAlchemy's create_engine passes only arguments that are not.
+    def __init__(  # noqa: PLR0913
+        self,
+        creator: Any,
+        pool_size: int = 5,
+        max_overflow: int = 10,
+        timeout: float | None = 30.0,
+        use_lifo: bool = True,  # noqa: FBT001, FBT002
+        pre_ping: bool = True,  # noqa: FBT001, FBT002
+        recycle: float = -1,
+        pool_recycle_jitter: float = 0.1,
+        pool_idle_timeout: float = 600.0,
+        pool_min_idle: int = 0,
+        pool_keepalive: float = 0.0,
+        pool_ping_idle: float = 1.0,
+        pool_ping_timeout: float = 1.0,
+        pool_max_waiting: int | None = None,
+        pool_overload_after: float = 1.0,
+        pool_max_connecting: int = 4,
+        leak_threshold: float = 0.0,
+        observers: list[Observer] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(creator, **kwargs)
+        self._size = pool_size
+        self._max_overflow = max_overflow
+        self._timeout = timeout
+        self._lifo = use_lifo
+        self._liveness = pre_ping
+        self._lifetime = recycle
+        self._jitter = pool_recycle_jitter
+        self.idle_timeout = pool_idle_timeout
+        self.min_idle = pool_min_idle
+        self.keepalive = pool_keepalive
+        self._ping_idle = pool_ping_idle
+        self._ping_after = pool_ping_idle if pre_ping else math.inf
+        self._ping_timeout = pool_ping_timeout
+        self._max_waiting = pool_max_waiting
+        self._overload_after = pool_overload_after
+        self._max_connecting = pool_max_connecting
+        self.leak_threshold = leak_threshold
+        self.observers: list[Observer] = [] if observers is None else observers
+        self.counters = Counters()
+        unlimited = pool_size == 0 or max_overflow < 0
+        self._limit: float = math.inf if unlimited else pool_size + max_overflow
+        self._kept: float = pool_size or math.inf
+        self._generation = 0
+        self._reset_state()
+        pools.add(self)
+
+    def _reset_state(self) -> None:
+        """No connection, no caller, no loop."""
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._time: Callable[[], float] = _no_time
+        self._idle: deque[PooledRecord] = deque()
+        self._take = self._idle.pop if self._lifo else self._idle.popleft
+        self._held: dict[PooledRecord, None] = {}
+        self._openings: set[Opening] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._queue = WaitQueue(self._overload_after)
+        self._line = self._queue.waiters  # its truth is asked at every checkout and check-in
+        self._last_connect_error: BaseException | None = None
+        self._draining = self._replaced = False
+        self._drained: asyncio.Future[None] | None = None
+        self.keeper_timer: asyncio.TimerHandle | None = None
+
+    # -- QueuePool's methods ---------------------------------------------------------------
+
+    def size(self) -> int:
+        """Connections that are kept."""
+        return self._size
+
+    def checkedin(self) -> int:
+        """Idle connections."""
+        return len(self._idle)
+
+    def checkedout(self) -> int:
+        """Connections in use."""
+        return len(self._held)
+
+    def overflow(self) -> int:
+        """Connections beyond the size; negative as long as there are fewer, as in QueuePool."""
+        return self._total() - self._size if self._size else 0
+
+    def timeout(self) -> float | None:
+        """Longest wait for a slot, in seconds."""
+        return self._timeout
+
+    def status(self) -> str:
+        """One line for people."""
+        return (
+            f"Pool size: {self._size}  Connections in pool: {self.checkedin()} Current Overflow:"
+            f" {self.overflow()} Current Checked out connections: {self.checkedout()}"
+            f" Opening: {len(self._openings)} Waiting: {len(self._queue)}"
+        )
+
+    def recreate(self) -> Self:
+        """A new pool with the same settings, listeners, observers and counters."""
+        new = type(self)(
+            self._creator,
+            pool_size=self._size,
+            max_overflow=self._max_overflow,
+            timeout=self._timeout,
+            use_lifo=self._lifo,
+            pre_ping=self._liveness,
+            recycle=self._lifetime,
+            pool_recycle_jitter=self._jitter,
+            pool_idle_timeout=self.idle_timeout,
+            pool_min_idle=self.min_idle,
+            pool_keepalive=self.keepalive,
+            pool_ping_idle=self._ping_idle,
+            pool_ping_timeout=self._ping_timeout,
+            pool_max_waiting=self._max_waiting,
+            pool_overload_after=self._overload_after,
+            pool_max_connecting=self._max_connecting,
+            leak_threshold=self.leak_threshold,
+            observers=self.observers,
+            echo=self.echo,
+            logging_name=self._orig_logging_name,
+            reset_on_return=self._reset_on_return,
+            _dispatch=self.dispatch,
+            dialect=self._dialect,
+        )
+        new.counters = self.counters
+        self._replaced = True  # what is still waiting here is served, and nothing is kept
+        return new
+
+    def stats(self) -> PoolStats:
+        """How the pool stands, and what it has done."""
+        unlimited = self._limit == math.inf
+        return PoolStats(
+            used=len(self._held),
+            idle=len(self._idle),
+            opening=len(self._openings),
+            waiting=len(self._queue),
+            size=self._size,
+            limit=None if unlimited else int(self._limit),
+            utilisation=0.0 if unlimited else len(self._held) / self._limit,
+            overloaded=self._queue.overloaded_since is not None,
+            closed=frozen(self.counters.closed),
+            **_counted(self.counters),
+        )
+
+    # -- The loop it lives on --------------------------------------------------------------
+
+    def _bind(self, loop: asyncio.AbstractEventLoop) -> None:
+        if self._loop is not None and (self._total() or self._queue):
+            raise WrongEventLoop(
+                "this engine's connections belong to another event loop: use one engine per loop,"
+                " as poolkit.get_engine() gives it, or dispose of the engine before the next loop"
+            )
+        # A loop's own time, as a virtual clock has it; asyncio's is this very function.
+        plain = type(loop).time is asyncio.BaseEventLoop.time
+        self._loop, self._time = loop, time.monotonic if plain else loop.time
+
+    def _spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        assert self._loop is not None
+        task = self._loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    def notify(self, event: Event) -> None:
+        """Tell the observers."""
+        notify(self.observers, event)
+
+    # -- Counting --------------------------------------------------------------------------
+
+    def _total(self) -> int:
+        return len(self._held) + len(self._idle) + len(self._openings)
+
+    def held(self) -> Iterable[PooledRecord]:
+        """The connections in use."""
+        return list(self._held)
+
+    def idle(self) -> Iterable[PooledRecord]:
+        """The idle connections, the longest idle first."""
+        return self._idle
+
+    def has_connections(self) -> bool:
+        """Whether any connection is there or under way."""
+        return self._total() > 0
+
+    def recycles(self) -> bool:
+        """Whether connections are replaced by age."""
+        return self._lifetime > 0
+
+    def now(self) -> float:
+        """The time of the pool's event loop, in seconds."""
+        return self._time()
+
+    # -- Ends of connections ---------------------------------------------------------------
+
+    def _closed(self, record: PooledRecord, reason: CloseReason) -> None:
+        self.counters.closed[reason] += 1
+        if self.observers:
+            self.notify(events.ConnectionClosed(reason, self._time() - record.opened_at))
+
+    def _gone(self, record: PooledRecord) -> None:
+        """It came back without its connection: invalidated, detached or collected."""
+        if record.lost:
+            self._closed(record, CloseReason.GARBAGE_COLLECTED)
+        elif record.invalidated:
+            if self.observers:
+                self.notify(events.ConnectionInvalidated(record.error))
+            self._closed(record, CloseReason.INVALIDATED)
+        else:
+            self._closed(record, CloseReason.DETACHED)
+
+    def _discard(
+        self, record: PooledRecord, reason: CloseReason, error: BaseException | None = None
+    ) -> None:
+        """Drop a connection that nobody answers on, without waiting for the peer."""
+        record.terminate()
+        if self.observers:
+            self.notify(events.ConnectionInvalidated(error))
+        self._closed(record, reason)
+        # SQLAlchemy's bookkeeping, out of the caller's greenlet: there it would wait for the peer,
+        # and a cancellation could interrupt whatever is to be done next.
+        if self._in_own_loop() and self._loop is not None:
+            self._loop.call_soon(record.invalidate, error)
+        else:
+            record.invalidate(error)
+
+    def _close(self, record: PooledRecord, reason: CloseReason) -> asyncio.Task[Any]:
+        """Close a connection in good order, in the background and within a bound."""
+        self._closed(record, reason)
+        return self._spawn(record.close_within(CLOSE_TIMEOUT))
+
+    def close_idle(self, record: PooledRecord, reason: CloseReason) -> None:
+        """Take a connection out of the idle ones and close it."""
+        self._idle.remove(record)
+        self._close(record, reason)
+
+    def dispose(self) -> None:
+        """Close what is idle, side by side and within 2 s, and what is in use as it comes back.
+
+        From another event loop or thread, or when the loop is closed, the sockets are dropped.
+        """
+        self._generation += 1
+        self._let_held_expire()
+        if self._in_own_loop():
+            self._cancel_unowned_openings()
+        idle = list(self._idle)
+        self._idle.clear()
+        if idle and self._in_own_loop():
+            closing = [self._close(record, CloseReason.DISPOSED) for record in idle]
+            if in_greenlet():
+                await_only(asyncio.wait(closing))  # a cancellation ends the wait, not the closes
+        else:
+            for record in idle:
+                self._closed(record, CloseReason.DISPOSED)
+                self._drop_from_outside(record)
+        self._stop_keeper()
+        self.logger.info("Pool disposed. %s", self.status())
+
+    def _let_held_expire(self) -> None:
+        """Have what is in use closed as it comes back."""
+        for record in self._held:
+            record.expires_at = -math.inf
+
+    def _cancel_unowned_openings(self) -> None:
+        for opening in list(self._openings):
+            if opening.owner is None and opening.task is not None:
+                opening.task.cancel()
+
+    def _in_own_loop(self) -> bool:
+        try:
+            return asyncio.get_running_loop() is self._loop
+        except RuntimeError:
+            return False
+
+    def _drop_from_outside(self, record: PooledRecord) -> None:
+        if self._loop is None or self._loop.is_closed():
+            record.drop()
+        else:
+            with contextlib.suppress(RuntimeError):  # closed in the meantime
+                self._loop.call_soon_threadsafe(record.drop)
+
+    async def drain(self, timeout: float) -> DrainReport:
+        """Give out nothing any more, wait for what is in use, drop the rest.
+
+        Args:
+            timeout: Seconds to wait for connections in use.
+        """
+        loop = asyncio.get_running_loop()
+        if loop is not self._loop:
+            self._bind(loop)
+        began, closed = self._time(), sum(self.counters.closed.values())
+        self._draining = True
+        self._let_held_expire()
+        refused = self._refuse_all()
+        for record in list(self._idle):
+            self.close_idle(record, CloseReason.DRAINED)
+        stragglers = await self._wait_until_unused(timeout)
+        if stragglers:
+            self._spawn(self._end_sessions(stragglers))
+        await _finished(self._tasks)
+        for record in stragglers:
+            record.terminate()
+        self._stop_keeper()
+        ended = sum(self.counters.closed.values()) - closed
+        return DrainReport(self._time() - began, ended, len(stragglers), refused)
+
+    def _refuse_all(self) -> int:
+        raise NotImplementedError
+
+    async def _end_sessions(self, records: list[PooledRecord]) -> None:
+        """Have the server end them; a statement that runs does not notice a dropped socket."""
+        raise NotImplementedError
+
+    async def _wait_until_unused(self, timeout: float) -> list[PooledRecord]:
+        if self._held:
+            if self._drained is None:
+                self._drained = asyncio.get_running_loop().create_future()
+            await asyncio.wait({self._drained}, timeout=timeout)
+        return list(self._held)
+
+    def forget(self) -> object:
+        """Start anew in a forked child; returns what must outlive it there."""
+        parents = (self._idle, self._held, self._openings, self._tasks, self._queue, self._loop)
+        self._reset_state()
+        return parents
+
+    def _stop_keeper(self) -> None:
+        timer, self.keeper_timer = self.keeper_timer, None
+        if timer is not None:
+            timer.cancel()
+
+
+async def _finished(tasks: set[asyncio.Task[Any]]) -> None:
+    """Wait until none is left, those that begin meanwhile too; after 2 s end what is left."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(CLOSE_TIMEOUT):
+            while tasks:
+                await asyncio.wait(set(tasks))
+    for task in set(tasks):
+        task.cancel()
+    if tasks:
+        await asyncio.wait(set(tasks))
+
+
+def _no_time() -> float:
+    raise AssertionError("the pool has no event loop yet")
+
+
+def _counted(counters: Counters) -> dict[str, Any]:
+    return {f.name: getattr(counters, f.name) for f in fields(counters) if f.name != "closed"}
+
+
+pools: weakref.WeakSet[PoolBase] = weakref.WeakSet()
+"""All pools of this process, for the child after a fork."""

@@ -1,0 +1,581 @@
+"""The pool: a connection that comes back goes to the first in line, and nothing is stranded."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import random
+import time
+import weakref
+
+from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
+from sqlalchemy.util import await_only, greenlet_spawn
+
+from poolkit import events
+from poolkit.errors import PoolDraining, PoolOverloaded, PoolTimeout, describe
+from poolkit.events import CloseReason
+from poolkit.pool import keeper
+from poolkit.pool.base import Opening, PoolBase
+from poolkit.pool.queue import Waiter
+from poolkit.pool.record import CLOSE_TIMEOUT, PooledRecord
+
+_running_loop = asyncio._get_running_loop  # noqa: SLF001 (documented; raises nothing, costs less)
+_log = logging.getLogger("poolkit.pool")
+
+
+class HandoffPool(PoolBase):
+    """A pool for asyncio that hands connections over directly.
+
+    Takes ``QueuePool``'s arguments and answers its methods. It is what
+    ``poolkit.create_async_engine`` uses, and works as ``poolclass=`` with SQLAlchemy's own
+    ``create_async_engine``, which passes on every argument below by its name (``timeout``,
+    ``recycle``, ``pre_ping`` and ``use_lifo`` with ``pool_`` before them). All durations are
+    seconds.
+
+    Args:
+        creator: Makes a connection; given by the engine.
+        pool_size: Connections that are kept; 0 is unlimited.
+        max_overflow: Connections beyond that; -1 is unlimited.
+        timeout: Longest wait for a slot; 0 does not wait, None waits for ever.
+        use_lifo: Whether the most recently used idle connection is taken first.
+        pre_ping: Whether a connection that was idle for long is checked before use.
+        recycle: Age at which a connection is replaced; -1 or 0 is off.
+        pool_recycle_jitter: Fraction by which each lifetime is shortened at random.
+        pool_idle_timeout: Idleness after which a connection above the minimum is closed; 0 is off.
+        pool_min_idle: Idle connections that are kept ready.
+        pool_keepalive: Time between heartbeats of idle connections; 0 is off.
+        pool_ping_idle: Idleness after which a connection is checked before use.
+        pool_ping_timeout: How long the check may take.
+        pool_max_waiting: Callers that may wait; None is no limit.
+        pool_overload_after: Wait of the first in line after which the newest are served first
+            until the queue is empty; sooner where callers give up sooner. 0 is never.
+        pool_max_connecting: Connects under way at once.
+        leak_threshold: Use after which a connection's holder is reported; 0 is off.
+        observers: Told of every event; shared with the engine, not copied.
+        kwargs: ``sqlalchemy.pool.Pool``'s own arguments.
+    """
+
+    # -- Checkout --------------------------------------------------------------------------
+
+    def _create_connection(self) -> PooledRecord:
+        return PooledRecord(self)
+
+    def _do_get(self) -> ConnectionPoolEntry:
+        # The hot path stands here in one piece: each call that it is spared is a tenth of it.
+        if _running_loop() is not self._loop:
+            self._bind(asyncio.get_running_loop())
+        idle = self._idle
+        if idle and not self._line and not self._draining:
+            record = self._take()
+            now = self._time()
+            self._held[record] = None
+            record.taken_at = now
+            if (
+                now - record.answered_at < self._ping_after
+                and now < record.expires_at
+                and not record.driver_is_closed()
+            ):
+                self.counters.checkouts += 1
+                if self.observers or self.leak_threshold:
+                    self._given(record, 0.0, 0.0)
+                return record
+            del self._held[record]
+            (idle.append if self._lifo else idle.appendleft)(record)
+        return self._get_slowly()
+
+    def _get_slowly(self) -> PooledRecord:
+        """The rest: a check is due, something has to be cleared away, or the caller must wait."""
+        if self._draining:
+            raise self._refused(PoolDraining("the engine was drained and gives out no connection"))
+        now = self._time()
+        record = None if self._line else self._take_idle(now)
+        if record is None:
+            return self._wait()
+        if now - record.answered_at < self._ping_after:
+            return self._given_after(record, 0.0, 0.0)
+        alive = self._answers(record)
+        ping = self._time() - now
+        return self._given_after(record, 0.0, ping) if alive else self._wait(ping=ping, first=True)
+
+    def _take_idle(self, now: float) -> PooledRecord | None:
+        """An idle connection that is not known to be dead or too old, counted as used."""
+        idle = self._idle
+        while idle:
+            record = self._take()
+            if record.is_dead():
+                self._discard(record, CloseReason.LOST)
+            elif record.expires_at <= now:
+                self._close(record, CloseReason.RECYCLED)
+            else:
+                record.taken_at = now
+                self._held[record] = None
+                return record
+        return None
+
+    def _answers(self, record: PooledRecord) -> bool:
+        """Whether the server answers in time; if not, the connection is gone and replaced."""
+        try:
+            error = await_only(self._ping(record))
+        except BaseException:  # cancelled in mid-ping: nobody knows its state any more
+            self._held.pop(record, None)
+            self._discard(record, CloseReason.PING_FAILED)
+            self._capacity_freed()
+            raise
+        if error is None:
+            return True
+        self._held.pop(record, None)
+        self._discard(record, CloseReason.PING_FAILED, error)
+        self._suspect()
+        self._capacity_freed()
+        return False
+
+    async def _ping(self, record: PooledRecord) -> Exception | None:
+        began = self._time()
+        self.counters.pings += 1
+        try:
+            async with asyncio.timeout(self._ping_timeout):
+                await record.ping()
+        except Exception as error:  # noqa: BLE001 (whatever it is, the connection is not fit)
+            self.counters.pings_failed += 1
+            return error
+        finally:
+            self.counters.ping_seconds += self._time() - began
+        record.answered_at = self._time()
+        return None
+
+    def _suspect(self) -> None:
+        """What has not answered since now is checked: idle siblings at once and side by side."""
+        now = self._time()
+        siblings = list(self._idle)
+        self._idle.clear()
+        for record in siblings:
+            self._check_in_background(record, now)
+
+    async def _check_sibling(self, record: PooledRecord, *, stay_cold: bool) -> None:
+        try:
+            error = await self._ping(record)
+        except asyncio.CancelledError:
+            self._held.pop(record, None)
+            self._discard(record, CloseReason.PING_FAILED)
+            raise
+        if record not in self._held:
+            return
+        del self._held[record]
+        if error is None:
+            self._accept(record)
+            if stay_cold and self._idle and self._idle[-1] is record:
+                self._idle.rotate(1)  # a heartbeat is no use: it stays the first to age out
+        else:
+            self._discard(record, CloseReason.PING_FAILED, error)
+            self._capacity_freed()
+
+    def _given(self, record: PooledRecord, wait: float, ping: float) -> PooledRecord:
+        """Tell whoever watches that a caller has it."""
+        if self.leak_threshold:
+            task = asyncio.current_task()
+            record.task = None if task is None else weakref.ref(task)
+        if self.observers:
+            self.notify(events.CheckedOut(wait, ping, record.open_seconds))
+        record.open_seconds = 0.0
+        return record
+
+    def _given_after(self, record: PooledRecord, wait: float, ping: float) -> PooledRecord:
+        self.counters.checkouts += 1
+        return self._given(record, wait, ping)
+
+    def _wait(self, *, first: bool = False, ping: float = 0.0) -> PooledRecord:
+        loop = asyncio.get_running_loop()
+        waiter = Waiter(loop.create_future(), self._time())
+        self._admit(waiter, first=first)
+        spare = next((o for o in self._openings if o.owner is None), None)
+        if spare is not None:
+            spare.owner, waiter.opening = waiter, spare
+        self._spawn_openings()
+        timer = None
+        if self._timeout is not None:
+            timer = loop.call_later(self._timeout, self._expire, waiter)
+            if self._timeout <= 0:
+                self._expire(waiter)
+        try:
+            record: PooledRecord = await_only(waiter.future)
+        except BaseException:
+            self._withdraw(waiter)
+            raise
+        finally:
+            if timer is not None:
+                timer.cancel()
+        waited = self._time() - waiter.since
+        self.counters.waits += 1
+        self.counters.wait_seconds += waited
+        record.waited = waited
+        return self._given_after(record, waited, ping)
+
+    def _admit(self, waiter: Waiter, *, first: bool) -> None:
+        if self._draining:
+            raise self._refused(PoolDraining("the engine is being drained"))
+        if self._max_waiting is not None and not first and self._is_full(self._max_waiting):
+            if not self._is_overloaded():
+                raise self._refused(self._overloaded_error())
+            self._fail(self._queue.oldest(), self._refused(self._overloaded_error()))
+        self._queue.add(waiter, first=first)
+
+    def _is_full(self, max_waiting: int) -> bool:
+        """Whether so many wait besides those for whom there is room to connect."""
+        room = self._limit - len(self._held) - len(self._idle)
+        return len(self._line) >= max_waiting + max(room, 0)
+
+    def _withdraw(self, waiter: Waiter) -> None:
+        """A caller has gone: give back what it was granted, leave its connect to the next."""
+        if waiter in self._line:
+            self._learn_patience(waiter)
+            self._queue_discard(waiter)
+        self._disown(waiter)
+        future = waiter.future
+        if future.done() and not future.cancelled() and future.exception() is None:
+            record = future.result()
+            if self._held.pop(record, self) is None:
+                self._accept(record)
+
+    def _expire(self, waiter: Waiter) -> None:
+        """Its time is up; a connect that is under way for it has a bound of its own."""
+        if waiter.future.done():
+            return
+        if waiter.opening is not None:
+            waiter.late = True
+            return
+        self._time_out(waiter)
+
+    def _time_out(self, waiter: Waiter) -> None:
+        waited = self._time() - waiter.since
+        if waiter in self._line:
+            self._learn_patience(waiter)
+        error = PoolTimeout(self._describe("connection timed out"))
+        self.counters.timeouts += 1
+        self._fail(waiter, error)
+        if self.observers:
+            self.notify(events.CheckoutTimedOut(waited, error))
+
+    def _learn_patience(self, waiter: Waiter) -> None:
+        if waiter is self._queue.oldest():
+            self._queue.note_patience(self._time() - waiter.since)
+
+    def _fail(self, waiter: Waiter, error: BaseException) -> None:
+        self._queue_discard(waiter)
+        self._disown(waiter)
+        if not waiter.future.done():
+            waiter.future.set_exception(error)
+
+    def _refused(self, error: Exception) -> Exception:
+        self.counters.refused += 1
+        if self.observers:
+            self.notify(events.CheckoutRefused(error))
+        return error
+
+    def _overloaded_error(self) -> PoolOverloaded:
+        return PoolOverloaded(self._describe(f"pool_max_waiting={self._max_waiting} callers wait"))
+
+    def _describe(self, what: str) -> str:
+        """Begins as SQLAlchemy's message does, so that existing alerts match."""
+        timeout = math.inf if self._timeout is None else self._timeout
+        text = (
+            f"QueuePool limit of size {self._size} overflow {self.overflow()} reached, {what},"
+            f" timeout {timeout:.2f} (used={len(self._held)}, idle={len(self._idle)},"
+            f" opening={len(self._openings)}, waiting={len(self._queue)}"
+        )
+        longest = min((r.taken_at for r in self._held), default=None)
+        if longest is not None:
+            text += f"; longest holder {self._time() - longest:.1f} s"
+        if self._last_connect_error is not None:
+            text += f"; last connect error: {describe(self._last_connect_error)}"
+        return text + ")"
+
+    # -- Connects --------------------------------------------------------------------------
+
+    def _spawn_openings(self) -> None:
+        """Start a connect for each caller in line that has none, as far as there is room."""
+        while len(self._openings) < len(self._queue) and self._may_open():
+            self._open_for(next((w for w in self._queue.in_turn() if w.opening is None), None))
+
+    def _may_open(self) -> bool:
+        return self._total() < self._limit and len(self._openings) < self._max_connecting
+
+    def _open_for(self, owner: Waiter | None) -> asyncio.Task[BaseException | None]:
+        opening = Opening(owner)
+        self._openings.add(opening)
+        # A task of its own: a caller that gives up does not take the connection with it.
+        opening.task = task = self._spawn(self._open(opening))
+        task.add_done_callback(lambda _: self._forget_if_never_begun(opening))
+        return task
+
+    def _forget_if_never_begun(self, opening: Opening) -> None:
+        if opening in self._openings:
+            self._open_failed(opening, asyncio.CancelledError())
+
+    async def _open(self, opening: Opening) -> BaseException | None:
+        """Connect, and give the connection to whoever is next; returns the error, if any."""
+        began, generation = self._time(), self._generation
+        try:
+            record = await greenlet_spawn(self._create_connection)
+        except BaseException as error:
+            self._open_failed(opening, error)
+            if isinstance(error, asyncio.CancelledError | KeyboardInterrupt | SystemExit):
+                raise
+            return error
+        self._openings.discard(opening)
+        now = self._time()
+        self.counters.opened += 1
+        self.counters.open_seconds += now - began
+        self._last_connect_error = None
+        record.generation = generation
+        record.opened_at = record.answered_at = record.idle_since = now
+        record.open_seconds = now - began
+        self._queue.opened_at = now
+        stale = generation != self._generation or self._draining or self._replaced
+        record.expires_at = -math.inf if stale else self._expiry(now)
+        owner, opening.owner = opening.owner, None
+        if owner is not None:
+            owner.opening = None
+        if self._line and not record.is_dead():
+            self._hand_over(record)
+        else:
+            self._accept(record)
+        keeper.start(self)
+        if owner is not None and not owner.future.done():
+            self._look_after(owner)
+        self._spawn_openings()
+        return None
+
+    def _look_after(self, waiter: Waiter) -> None:
+        """Its connection went to one before it in line: it takes over that one's connect."""
+        if waiter.opening is not None:
+            return
+        spare = next((o for o in self._openings if o.owner is None), None)
+        if spare is not None:
+            spare.owner, waiter.opening = waiter, spare
+        elif waiter.late:
+            self._time_out(waiter)
+
+    def _open_failed(self, opening: Opening, error: BaseException) -> None:
+        self._openings.discard(opening)
+        self.counters.open_failed += 1
+        self._last_connect_error = error
+        owner, opening.owner = opening.owner, None
+        if owner is not None:
+            owner.opening = None
+            if isinstance(error, asyncio.CancelledError):
+                error = PoolTimeout(self._describe("the connect was cancelled"))
+            self._fail(owner, error)
+        self._capacity_freed()
+
+    def _disown(self, waiter: Waiter) -> None:
+        opening, waiter.opening = waiter.opening, None
+        if opening is not None:
+            opening.owner = next((w for w in self._queue.in_turn() if w.opening is None), None)
+            if opening.owner is not None:
+                opening.owner.opening = opening
+
+    async def open(self, wanted: int) -> list[BaseException | None]:
+        """Open connections until so many are there; for each an error, or None."""
+        loop = asyncio.get_running_loop()
+        if loop is not self._loop:
+            self._bind(loop)
+        missing = min(wanted, self._limit) - self._total()
+        tasks: list[asyncio.Task[BaseException | None]] = []
+        while len(tasks) < missing and not self._draining:
+            if self._may_open():
+                tasks.append(self._open_for(None))
+            elif self._openings:
+                under_way = [o.task for o in self._openings if o.task is not None]
+                await asyncio.wait(under_way, return_when=asyncio.FIRST_COMPLETED)
+            else:
+                break  # callers have taken the room meanwhile
+        return list(await asyncio.gather(*tasks, return_exceptions=True))
+
+    def open_idle(self) -> None:
+        """Open connections in the background until the minimum idle is there."""
+        while len(self._idle) + len(self._openings) < self.min_idle and self._may_open():
+            self._open_for(None)
+
+    def keep_alive(self, record: PooledRecord) -> None:
+        """Have an idle connection checked, in the background."""
+        self._idle.remove(record)
+        self._check_in_background(record, self._time(), stay_cold=True)
+
+    def _check_in_background(
+        self, record: PooledRecord, now: float, *, stay_cold: bool = False
+    ) -> None:
+        record.taken_at = now
+        self._held[record] = None
+        task = self._spawn(self._check_sibling(record, stay_cold=stay_cold))
+        task.add_done_callback(lambda _: self._drop_if_unchecked(record, now))
+
+    def _drop_if_unchecked(self, record: PooledRecord, since: float) -> None:
+        """The check was cancelled before it began, as when the event loop ends."""
+        if record in self._held and record.taken_at == since and record.fairy_ref is None:
+            del self._held[record]
+            self._discard(record, CloseReason.PING_FAILED)
+            self._capacity_freed()
+
+    def renewed(self, record: PooledRecord) -> None:
+        """SQLAlchemy reconnected within the record, as after a listener's DisconnectionError."""
+        self._closed(record, CloseReason.INVALIDATED)
+        self.counters.opened += 1
+        now = self._time()
+        record.generation = self._generation
+        record.opened_at = now - (time.time() - record.starttime)
+        record.expires_at = self._expiry(record.opened_at)
+
+    def _expiry(self, now: float) -> float:
+        if self._lifetime <= 0:
+            return math.inf
+        return now + self._lifetime * (1 - random.uniform(0, self._jitter))  # noqa: S311
+
+    # -- Check-in --------------------------------------------------------------------------
+
+    def _do_return_conn(self, record: PooledRecord) -> None:  # type: ignore[override]
+        if self._held.pop(record, self) is self:
+            return  # of a parent process, which still uses its socket
+        now = self._time()
+        use = now - record.taken_at
+        self.counters.used_seconds += use
+        if self.observers or record.reported:
+            self._note_return(record, use)
+        if record.dbapi_connection is None:
+            if record.waited:  # most often its caller's time ran out in mid-statement
+                self._queue.note_patience(record.waited + use)
+            self._gone(record)
+            self._capacity_freed()
+            return
+        record.answered_at = record.idle_since = now
+        record.waited = 0.0
+        if (
+            not self._line
+            and now < record.expires_at  # dispose() and drain() let it expire
+            and not record.driver_is_closed()
+            and len(self._idle) < self._kept
+        ):
+            self._idle.append(record)  # the hot path; _accept() says the same in words
+        else:
+            self._accept(record)
+
+    def _note_return(self, record: PooledRecord, use: float) -> None:
+        if self.observers:
+            self.notify(events.CheckedIn(use))
+        if record.reported:
+            keeper.report_returned(self, record, use)
+
+    def _accept(self, record: PooledRecord) -> None:
+        """A live connection nobody has: to the first in line, or among the idle, or closed."""
+        reason = self._reason_to_close(record)
+        if reason is CloseReason.LOST:
+            self._discard(record, reason)
+        elif reason is not None:
+            self._close(record, reason)
+        elif self._queue:
+            self._hand_over(record)
+            return
+        else:
+            self._idle.append(record)
+            self._settle()
+            return
+        self._capacity_freed()
+
+    def _reason_to_close(self, record: PooledRecord) -> CloseReason | None:
+        if record.is_dead():
+            return CloseReason.LOST
+        if self._draining:
+            return CloseReason.DRAINED
+        if record.generation != self._generation:
+            return CloseReason.DISPOSED
+        if record.expires_at <= self._time():
+            return CloseReason.RECYCLED
+        if not self._line and len(self._idle) >= self._kept:
+            return CloseReason.OVERFLOW
+        return None
+
+    def _hand_over(self, record: PooledRecord) -> None:
+        self._is_overloaded()
+        now = self._time()
+        while self._queue:
+            waiter = self._queue.pop(now)
+            self._end_overload_if_empty()
+            if not waiter.future.done():
+                record.taken_at = now
+                self._held[record] = None
+                self._disown(waiter)
+                waiter.future.set_result(record)
+                return
+        self._accept(record)  # all those in line had gone
+
+    def _capacity_freed(self) -> None:
+        """Whatever freed it, somebody in line may connect now."""
+        if self._queue:
+            if self._in_own_loop():
+                self._spawn_openings()
+            elif self._loop is not None and not self._loop.is_closed():
+                # The garbage collector may be at work in another thread.
+                self._loop.call_soon_threadsafe(self._spawn_openings)
+        self._settle()
+
+    def _settle(self) -> None:
+        if self._drained is not None and not self._held and not self._drained.done():
+            self._drained.set_result(None)
+
+    def _queue_discard(self, waiter: Waiter) -> None:
+        self._queue.discard(waiter)
+        self._end_overload_if_empty()
+
+    def _is_overloaded(self) -> bool:
+        before = self._queue.overloaded_since
+        overloaded = self._queue.is_overloaded(self._time())
+        if overloaded and before is None:
+            self.counters.overloads += 1
+            if self.observers:
+                self.notify(events.OverloadBegan(len(self._queue)))
+        return overloaded
+
+    def _end_overload_if_empty(self) -> None:
+        if self._line:
+            return
+        since = self._queue.overloaded_since
+        self._queue.end_overload()
+        if since is not None and self.observers:
+            self.notify(events.OverloadEnded(self._time() - since))
+
+    def _refuse_all(self) -> int:
+        waiting = list(self._queue.in_turn())
+        for waiter in waiting:
+            self._fail(waiter, self._refused(PoolDraining("the engine is being drained")))
+        return len(waiting)
+
+    async def _end_sessions(self, records: list[PooledRecord]) -> None:
+        pids = [pid for record in records if (pid := record.session_pid()) is not None]
+        if not pids:
+            return
+        try:
+            helper = await greenlet_spawn(self._create_connection)
+        except Exception:  # noqa: BLE001 (logged; what is left to do is done without)
+            _log.warning("no connection to end %d sessions with", len(pids), exc_info=True)
+            return
+        try:
+            await helper.end_sessions(pids)
+        finally:
+            await helper.close_within(CLOSE_TIMEOUT)
+
+    # -- Told by SQLAlchemy ----------------------------------------------------------------
+
+    def _invalidate(
+        self,
+        connection: PoolProxiedConnection,
+        exception: BaseException | None = None,
+        _checkin: bool = True,  # noqa: FBT001, FBT002
+    ) -> None:
+        """A statement showed that its connection is dead: have the others checked.
+
+        SQLAlchemy's own drops all connections that are older instead.
+        """
+        if self._loop is not None:
+            self._suspect()
+        if _checkin and connection.is_valid:
+            connection.invalidate(exception)
