@@ -4,13 +4,18 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint format docs clean
+.PHONY: demo test bench lint format docs clean
 
 demo: $(READY)  ## the main job, on a throwaway PostgreSQL
 	@$(BIN)/poolkit demo
 
 test: $(READY)  ## all tests, on throwaway servers
 	$(BIN)/python -m pytest -n auto
+
+bench: $(READY)  ## side by side with what people use today; writes docs/benchmarks
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	  --constraint requirements-dev.txt --group bench
+	@$(BIN)/python -m benchmarks
 
 lint: $(READY)  ## the linter, the formatter and the type checker
 	$(BIN)/ruff check .
