@@ -8,7 +8,7 @@ from fastapi import Depends, FastAPI, Request
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
-from poolkit import create_async_engine
+from poolkit import create_async_engine, drain
 
 
 @asynccontextmanager
@@ -16,7 +16,7 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     engine = create_async_engine()
     app.state.sessions = async_sessionmaker(engine, expire_on_commit=False)
     yield
-    await engine.dispose()
+    await drain(engine)
 
 
 async def session(request: Request) -> AsyncIterator[AsyncSession]:

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from poolkit.cli import demo
-from poolkit.cli.faults import FAULTS, Outcome
+from poolkit.cli.faults import FAULTS, statement_timeout
+from poolkit.cli.outcome import Outcome
 from poolkit.testing import PostgresServerError, postgres
 
 
@@ -48,9 +49,14 @@ def test_demo_keeps_its_claims() -> None:
         "StatementTimeout after",
         "ConnectRefused after",
         "p99",
+        "waiting",
+        "0 were overtaken",
+        "1 overload begun; 1 overload ended",
+        " lost",
+        "0 sessions left",
         *(f.claim for f in FAULTS),
     ):
-        assert words in done.stdout
+        assert words in " ".join(done.stdout.split())
     assert f"{len(FAULTS) + 1} of {len(FAULTS) + 1} steps" in done.stdout
     assert "FAILED" not in done.stdout
     assert not re.search(r"[\x00-\x09\x0b-\x1f]", done.stdout)
@@ -63,14 +69,15 @@ def test_a_claim_that_fails_is_told(
 ) -> None:
     """A step that misbehaves, or raises, gives exit code 1; the others still run."""
 
-    async def misbehave(_: object) -> Outcome:
+    async def misbehave(*_: object) -> Outcome:
         return Outcome("nothing", "nothing", as_claimed=False)
 
-    async def crash(_: object) -> Outcome:
+    async def crash(*_: object) -> Outcome:
         raise RuntimeError("broken step")
 
     faults = [demo.Fault("A", "a", "claim A", misbehave), demo.Fault("B", "b", "claim B", crash)]
-    monkeypatch.setattr(demo, "FAULTS", [*faults, FAULTS[0]])
+    (timeout,) = (f for f in FAULTS if f.provoke is statement_timeout)
+    monkeypatch.setattr(demo, "FAULTS", [*faults, timeout])
     before = dict(os.environ)
 
     exit_code = demo.run(0.2)

@@ -7,20 +7,22 @@ import contextlib
 import os
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Iterator
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 
-from rich.console import Console
+from rich.console import Console, RenderableType
+from rich.live import Live
 from rich.padding import Padding
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from poolkit.cli import output, workload
-from poolkit.cli.faults import FAULTS, Fault, Outcome
+from poolkit.cli.faults import FAULTS, Fault
 from poolkit.cli.latency import histograms, percentile_table
+from poolkit.cli.outcome import Outcome
 from poolkit.cli.output import duration
-from poolkit.cli.workload import WORKERS, Load
+from poolkit.cli.watch import Seen, Watch, picture, timeline, watching
+from poolkit.cli.workload import FEW, MANY, Load
 from poolkit.engine import create_async_engine
 from poolkit.errors import describe
 from poolkit.settings import DatabaseSettings
@@ -99,43 +101,71 @@ async def _survive(console: Console, step: Awaitable[bool]) -> bool:
 async def _show_load(console: Console, engine: AsyncEngine, seconds: float) -> bool:
     settings = DatabaseSettings()
     pool = f"{settings.pool_size} + {settings.max_overflow} connections"
-    _head(console, f"{WORKERS} workers on {pool} for {duration(seconds)}")
+    _head(console, f"{FEW} workers, then {MANY}, on {pool} for {duration(seconds)}")
     _say(console, "each transaction inserts a row, reads it back and commits")
-    with _progress(console, seconds) as advance:
-        load = await workload.run(engine, seconds, advance)
-    if load.transactions:
+    load = await workload.run(engine, seconds, _watch(console))
+    if load.many.transactions and load.few.transactions:
         _print_load(console, load)
-    verdict = f"{len(load.transactions)} transactions committed, {load.stored} rows in the table"
-    _verdict(console, verdict, right=load.is_sound)
-    return load.is_sound
+    waited = f"{len(load.seen.waits)} waited, {load.seen.overtaken} were overtaken"
+    verdict = f"{load.committed} transactions committed, {load.stored} rows in the table; {waited}"
+    right = load.is_sound and load.is_fair
+    _verdict(console, verdict, right=right)
+    return right
 
 
-@contextmanager
-def _progress(console: Console, seconds: float) -> Iterator[Callable[[float], object]]:
-    """A bar on a terminal; nothing where it would be garbage."""
-    columns = (TextColumn("  running"), BarColumn(), TimeRemainingColumn(compact=True))
-    interactive = console.is_terminal and not console.is_dumb_terminal
-    with Progress(*columns, console=console, transient=True, disable=not interactive) as bar:
-        task = bar.add_task("running", total=seconds)
-        yield lambda gone: bar.update(task, completed=gone)
+def _watch(console: Console) -> Watch:
+    """Watches an engine, with a picture of its pool on a terminal while that lasts."""
+    ascii_only = console.options.ascii_only
+
+    @asynccontextmanager
+    async def watch(engine: AsyncEngine) -> AsyncIterator[Seen]:
+        if not console.is_terminal or console.is_dumb_terminal:
+            async with watching(engine) as seen:
+                yield seen
+            return
+        with Live(console=console, auto_refresh=False, transient=True) as live:
+
+            def show(seen: Seen) -> None:
+                live.update(_indented(picture(seen, ascii_only=ascii_only)), refresh=True)
+
+            async with watching(engine, show) as seen:
+                yield seen
+
+    return watch
 
 
 def _print_load(console: Console, load: Load) -> None:
-    rate = len(load.transactions) / load.seconds
-    _say(console, f"{rate:,.0f} transactions per second")
-    series = {"checkout": load.checkouts, "transaction": load.transactions}
+    rate = len(load.many.transactions) / load.many.seconds
+    _say(console, f"{rate:,.0f} transactions per second by {MANY} workers")
     ascii_only = console.options.ascii_only
-    for table in (percentile_table(series), histograms(series, ascii_only=ascii_only)):
+    few, many = load.few, load.many
+    series = {
+        f"checkout, {FEW} workers": few.checkouts,
+        f"checkout, {MANY} workers": many.checkouts,
+        f"transaction, {FEW} workers": few.transactions,
+        f"transaction, {MANY} workers": many.transactions,
+    }
+    all_of_them = {
+        "checkout": few.checkouts + many.checkouts,
+        "transaction": few.transactions + many.transactions,
+    }
+    for table in (
+        timeline(load.seen, ascii_only=ascii_only),
+        percentile_table(series),
+        histograms(all_of_them, ascii_only=ascii_only),
+    ):
         console.print()
-        console.print(Padding(table, (0, 0, 0, 2), expand=False))
+        console.print(_indented(table))
     console.print()
+    _labelled(console, "the pool saw", load.seen.told)
 
 
 async def _show_fault(console: Console, engine: AsyncEngine, fault: Fault) -> bool:
     _head(console, fault.title)
     _say(console, fault.code, "dim")
-    with console.status("waiting for it"):
-        outcome = await fault.provoke(engine)
+    outcome = await fault.provoke(engine, _watch(console))
+    if fault.timeline and outcome.seen is not None:
+        console.print(_indented(timeline(outcome.seen, ascii_only=console.options.ascii_only)))
     _print_outcome(console, outcome)
     _verdict(console, fault.claim, right=outcome.as_claimed)
     return outcome.as_claimed
@@ -143,6 +173,8 @@ async def _show_fault(console: Console, engine: AsyncEngine, fault: Fault) -> bo
 
 def _print_outcome(console: Console, outcome: Outcome) -> None:
     _labelled(console, "what happened", outcome.happened)
+    if outcome.seen is not None:
+        _labelled(console, "the pool saw", outcome.seen.told)
     _labelled(console, "the caller gets", outcome.caller)
     if outcome.error is not None:
         _labelled(console, "it says", " ".join(output.failure(outcome.error).problems))
@@ -162,15 +194,19 @@ def _head(console: Console, title: str) -> None:
     console.print(Text(title, "bold"))
 
 
+def _indented(what: RenderableType) -> Padding:
+    return Padding(what, (0, 0, 0, 2), expand=False)
+
+
 def _say(console: Console, sentence: str, style: str = "") -> None:
-    console.print(Padding(Text(sentence, style), (0, 0, 0, 2), expand=False))
+    console.print(_indented(Text(sentence, style)))
 
 
 def _verdict(console: Console, sentence: str, *, right: bool) -> None:
     mark = Text("ok", "bold green") if right else Text("FAILED", "bold red")
-    console.print(Padding(output.beside(mark, Text(sentence)), (0, 0, 0, 2), expand=False))
+    console.print(_indented(output.beside(mark, Text(sentence))))
 
 
 def _labelled(console: Console, label: str, value: str) -> None:
     table = output.beside(Text(f"{label:<21}", "cyan"), Text(value))
-    console.print(Padding(table, (0, 0, 0, 2), expand=False))
+    console.print(_indented(table))

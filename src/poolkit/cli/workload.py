@@ -1,16 +1,21 @@
-"""The demo's workload: many workers, few connections, small transactions, each one checked."""
+"""The demo's workload: few workers, then many, small transactions, each one checked."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-WORKERS = 20
+from poolkit.cli.watch import Seen, Watch
+
+FEW, MANY = 5, 40
+"""Workers: as many as find a connection each, and more than there are connections."""
+
+FEW_SHARE = 0.3
+"""Of the time."""
 
 _CREATE = text("""
     CREATE TABLE poolkit_demo (
@@ -25,52 +30,83 @@ _COUNT = text("SELECT count(*) FROM poolkit_demo")
 
 
 @dataclass(slots=True)
+class Phase:
+    """What so many workers did.
+
+    Attributes:
+        workers: How many.
+        seconds: For how long.
+        checkouts: Seconds that each transaction waited for its connection.
+        transactions: Seconds of each, from its connection to the end of its COMMIT.
+        misread: Rows that came back different.
+    """
+
+    workers: int
+    seconds: float = 0.0
+    checkouts: list[float] = field(default_factory=list)
+    transactions: list[float] = field(default_factory=list)
+    misread: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Load:
     """What the workload did.
 
     Attributes:
-        seconds: How long it ran.
-        checkouts: Seconds that each transaction waited for its connection.
-        transactions: Seconds of each, from its connection to the end of its COMMIT.
+        few: Its first phase.
+        many: Its second.
         stored: Rows that were in the table afterwards.
-        misread: Rows that came back different.
+        seen: The pool meanwhile.
     """
 
-    seconds: float = 0.0
-    checkouts: list[float] = field(default_factory=list)
-    transactions: list[float] = field(default_factory=list)
-    stored: int = 0
-    misread: int = 0
+    few: Phase
+    many: Phase
+    stored: int
+    seen: Seen
+
+    @property
+    def committed(self) -> int:
+        """Transactions in all."""
+        return len(self.few.transactions) + len(self.many.transactions)
 
     @property
     def is_sound(self) -> bool:
         """Whether every transaction is in the table, once, as it was written."""
-        return 0 < len(self.transactions) == self.stored and not self.misread
+        return 0 < self.committed == self.stored and not self.few.misread + self.many.misread
+
+    @property
+    def is_fair(self) -> bool:
+        """Whether callers had to wait, and were served in the order in which they came."""
+        return bool(self.seen.waits) and not self.seen.overtaken
 
 
-async def run(engine: AsyncEngine, seconds: float, progress: Callable[[float], object]) -> Load:
+async def run(engine: AsyncEngine, seconds: float, watch: Watch) -> Load:
     """Run the workload.
 
     Args:
         engine: Its database must be empty.
         seconds: How long.
-        progress: Told the seconds gone, several times a second.
+        watch: Used to watch the engine.
     """
     async with engine.begin() as connection:
         await connection.execute(_CREATE)
-    load = Load()
-    started = time.perf_counter()
-    async with asyncio.TaskGroup() as group:
-        for worker in range(WORKERS):
-            group.create_task(_work(engine, worker, started + seconds, load))
-        group.create_task(_report(started, seconds, progress))
-    load.seconds = time.perf_counter() - started
+    async with watch(engine) as seen:
+        few = await _phase(engine, FEW, seconds * FEW_SHARE)
+        many = await _phase(engine, MANY, seconds * (1 - FEW_SHARE))
     async with engine.connect() as connection:
-        load.stored = await connection.scalar(_COUNT) or 0
-    return load
+        return Load(few, many, await connection.scalar(_COUNT) or 0, seen)
 
 
-async def _work(engine: AsyncEngine, worker: int, end: float, load: Load) -> None:
+async def _phase(engine: AsyncEngine, workers: int, seconds: float) -> Phase:
+    phase, started = Phase(workers), time.perf_counter()
+    async with asyncio.TaskGroup() as group:
+        for worker in range(workers):
+            group.create_task(_work(engine, worker, started + seconds, phase))
+    phase.seconds = time.perf_counter() - started
+    return phase
+
+
+async def _work(engine: AsyncEngine, worker: int, end: float, phase: Phase) -> None:
     while (asked := time.perf_counter()) < end:
         async with engine.connect() as connection:
             got = time.perf_counter()
@@ -78,13 +114,6 @@ async def _work(engine: AsyncEngine, worker: int, end: float, load: Load) -> Non
             row = await connection.scalar(_INSERT, {"worker": worker, "note": note})
             read = await connection.scalar(_SELECT, {"id": row})
             await connection.commit()
-        load.checkouts.append(got - asked)
-        load.transactions.append(time.perf_counter() - got)
-        load.misread += read != note
-
-
-async def _report(started: float, seconds: float, progress: Callable[[float], object]) -> None:
-    while (gone := time.perf_counter() - started) < seconds:
-        progress(gone)
-        await asyncio.sleep(0.1)
-    progress(seconds)
+        phase.checkouts.append(got - asked)
+        phase.transactions.append(time.perf_counter() - got)
+        phase.misread += read != note
