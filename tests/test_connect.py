@@ -321,6 +321,15 @@ class TestFallback:
         assert [call["ssl"] for call in first.calls] == [self.CONTEXT, False]
         assert [call["ssl"] for call in second.calls] == [False]
 
+    def test_a_refusal_of_tls_is_not_the_cause_of_what_follows(self, run) -> None:
+        """The time runs out in the plain connect after it: that one is what failed."""
+
+        def script(_, arguments):
+            return ConnectionError("rejected SSL upgrade") if arguments["ssl"] else 1000.0
+
+        error, *_ = run(script, connector=self.connector(), ssl="prefer", timeout=0.5)
+        assert type(error) is ConnectTimeout
+
     def test_allow_where_only_tls_is_let_in(self, run) -> None:
         """A refusal by pg_hba.conf (28000) is followed by one with TLS."""
 

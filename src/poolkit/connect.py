@@ -203,7 +203,6 @@ class Connector:
             except Exception as error:
                 if plain is not plain_first or not _other_transport_may_do(error, plain=plain):
                     raise
-                progress.cause = error
             else:
                 self._plain[address] = plain
                 return opened
