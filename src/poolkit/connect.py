@@ -45,7 +45,7 @@ class _Progress:
     started: float
     address: str = ""
     attempts: int = 0
-    cause: BaseException | None = None
+    cause: Exception | None = None
     attempt_began: float = 0.0
 
     def has_just_begun(self, deadline: float | None) -> bool:
@@ -53,8 +53,7 @@ class _Progress:
 
         What the attempts before it ended with is then the better account.
         """
-        recent = (deadline or 0.0) - self.attempt_began < FAIR_CHANCE
-        return recent and self.cause is not None
+        return (deadline or 0.0) - self.attempt_began < FAIR_CHANCE
 
     def so_far(self, now: float) -> Attempt:
         return Attempt(self.address, self.attempts, now - self.started)
@@ -128,8 +127,8 @@ class Connector:
             raise
         except TimeoutError as error:
             cause = progress.cause or error
-            if isinstance(cause, Exception) and progress.has_just_begun(bound.when()):
-                raise failure(_now(progress), cause) from cause
+            if progress.cause is not None and progress.has_just_begun(bound.when()):
+                raise failure(_now(progress), progress.cause) from cause
             raise errors.ConnectTimeout(_now(progress), cause) from cause
 
     async def _persist(

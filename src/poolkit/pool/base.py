@@ -30,8 +30,12 @@ class Opening:
     __slots__ = ("owner", "task")
 
     def __init__(self, owner: Waiter | None) -> None:
-        self.owner = owner
         self.task: asyncio.Task[Any] | None = None
+        self.belong_to(owner)
+
+    def belong_to(self, owner: Waiter | None) -> None:
+        """Note on both sides who gets the error."""
+        self.owner = owner
         if owner is not None:
             owner.opening = self
 

@@ -188,9 +188,7 @@ class HandoffPool(PoolBase):
         loop = asyncio.get_running_loop()
         waiter = Waiter(loop.create_future(), self._time())
         self._admit(waiter, first=first)
-        spare = next((o for o in self._openings if o.owner is None), None)
-        if spare is not None:
-            spare.owner, waiter.opening = waiter, spare
+        self._take_over_spare(waiter)
         self._spawn_openings()
         timer = None
         if self._timeout is not None:
@@ -295,7 +293,10 @@ class HandoffPool(PoolBase):
     def _spawn_openings(self) -> None:
         """Start a connect for each caller in line that has none, as far as there is room."""
         while len(self._openings) < len(self._queue) and self._may_open():
-            self._open_for(next((w for w in self._queue.in_turn() if w.opening is None), None))
+            self._open_for(self._first_without_opening())
+
+    def _first_without_opening(self) -> Waiter | None:
+        return next((w for w in self._queue.in_turn() if w.opening is None), None)
 
     def _may_open(self) -> bool:
         return self._total() < self._limit and len(self._openings) < self._max_connecting
@@ -350,11 +351,15 @@ class HandoffPool(PoolBase):
         """Its connection went to one before it in line: it takes over that one's connect."""
         if waiter.opening is not None:
             return
+        if not self._take_over_spare(waiter) and waiter.late:
+            self._time_out(waiter)
+
+    def _take_over_spare(self, waiter: Waiter) -> bool:
+        """Have a connect that nobody waits for any more count as this caller's; tells if one is."""
         spare = next((o for o in self._openings if o.owner is None), None)
         if spare is not None:
-            spare.owner, waiter.opening = waiter, spare
-        elif waiter.late:
-            self._time_out(waiter)
+            spare.belong_to(waiter)
+        return spare is not None
 
     def _open_failed(self, opening: Opening, error: BaseException) -> None:
         self._openings.discard(opening)
@@ -371,9 +376,7 @@ class HandoffPool(PoolBase):
     def _disown(self, waiter: Waiter) -> None:
         opening, waiter.opening = waiter.opening, None
         if opening is not None:
-            opening.owner = next((w for w in self._queue.in_turn() if w.opening is None), None)
-            if opening.owner is not None:
-                opening.owner.opening = opening
+            opening.belong_to(self._first_without_opening())
 
     async def open(self, wanted: int) -> list[BaseException | None]:
         """Open connections until so many are there; for each an error, or None."""
