@@ -181,6 +181,8 @@ class TestRecovery:
         assert (await warm_up(engine)).opened == 5
         await watcher.kill_all()
         assert await watcher.until(0) == 0
+        while not all(record.is_dead() for record in engine.pool.idle()):
+            await asyncio.sleep(0.01)  # the server has ended them; let the news arrive
         await asyncio.gather(*(self.one(engine) for _ in range(20)))
         assert await watcher.until(pool_stats(engine).idle) <= 10
 
