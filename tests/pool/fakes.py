@@ -388,3 +388,34 @@ async def finish(pool: HandoffPool) -> None:
     await asyncio.sleep(CONNECT_BOUND + 3)
     with contextlib.suppress(AttributeError):
         await pool.drain(0)
+
+
+def on_fakes(test: Callable[[FakeServer], Any]) -> Callable[[], None]:
+    """Run ``test(server)`` on virtual time; no task and no unheard error may be left."""
+
+    def run() -> None:
+        on_virtual_time(lambda: test(FakeServer()))
+
+    run.__name__, run.__doc__ = test.__name__, test.__doc__
+    return run
+
+
+async def callers(pool: HandoffPool, n: int, first: str = "caller") -> list[Caller]:
+    """That many tasks that ask for a connection."""
+    made = [Caller(pool, f"{first}-{i}") for i in range(n)]
+    await settle()
+    return made
+
+
+async def holding(pool: HandoffPool, n: int = 1) -> list[Caller]:
+    """That many that have one."""
+    made = await callers(pool, n, "holder")
+    for caller in made:
+        await caller.get()
+    return made
+
+
+async def idle(pool: HandoffPool, n: int = 1) -> None:
+    """Leave that many idle connections."""
+    for caller in await holding(pool, n):
+        await caller.give_back()

@@ -9,7 +9,11 @@ from fakes import (
     CannotConnect,
     ConnectionLost,
     FakeServer,
+    callers,
+    holding,
+    idle,
     make_pool,
+    on_fakes,
     on_virtual_time,
     settle,
     virtual_loop,
@@ -35,34 +39,6 @@ from poolkit import (
     WrongEventLoop,
 )
 from poolkit.pool import keeper
-
-
-def on_fakes(test):
-    """Run ``test(server)`` on virtual time; no task and no unheard error may be left."""
-
-    def run():
-        on_virtual_time(lambda: test(FakeServer()))
-
-    run.__name__, run.__doc__ = test.__name__, test.__doc__
-    return run
-
-
-async def callers(pool, n, first="caller"):
-    made = [Caller(pool, f"{first}-{i}") for i in range(n)]
-    await settle()
-    return made
-
-
-async def holding(pool, n=1):
-    made = await callers(pool, n, "holder")
-    for caller in made:
-        await caller.get()
-    return made
-
-
-async def idle(pool, n=1):
-    for caller in await holding(pool, n):
-        await caller.give_back()
 
 
 def reasons(events):
@@ -181,6 +157,25 @@ async def test_freed_capacity_wakes_a_waiter_when_the_check_in_is_cancelled(serv
     await settle()
     assert waiter.holds
     await waiter.give_back()
+
+
+@on_fakes
+async def test_freed_capacity_wakes_a_waiter_when_taking_leave_is_cancelled(server):
+    """The rollback fails, SQLAlchemy drops the connection, and the task is cancelled as it does."""
+    pool = make_pool(server, timeout=None)
+    (holder,) = await holding(pool)
+    (waiter,) = await callers(pool, 1)
+    holder.do("begin")
+    await settle()
+    holder.driver.kill()
+    holder.do("close")
+    await settle(1)
+    holder.cancel()
+    await settle()
+    assert isinstance(holder.error, asyncio.CancelledError)
+    assert waiter.holds
+    await waiter.give_back()
+    assert pool.checkedout() == 0
 
 
 @on_fakes
@@ -787,6 +782,7 @@ async def test_dispose_keeps_all_settings(server):
     state, again = vars(pool), vars(pool.recreate())
     own = {
         "dispatch",
+        "_circuit",
         "_queue",
         "logger",
         "_time",
@@ -905,6 +901,26 @@ def test_dispose_when_the_loop_is_closed_drops_the_sockets():
     with asyncio.Runner(loop_factory=virtual_loop) as runner:
         runner.run(idle(pool, 2))
     pool.dispose()
+    assert (server.open, pool.checkedin()) == ([], 0)
+
+
+def test_the_next_loop_has_its_own_keeper():
+    """What the first loop had in mind died with it."""
+    server = FakeServer()
+    pool = make_pool(server, pool_idle_timeout=3.0)
+
+    async def leave_none_behind():
+        (holder,) = await holding(pool)
+        holder.do("detach")
+        await holder.give_back()
+
+    async def leave_one_idle():
+        await idle(pool)
+        await asyncio.sleep(4)
+
+    for work in (leave_none_behind, leave_one_idle):
+        with asyncio.Runner(loop_factory=virtual_loop) as runner:
+            runner.run(work())
     assert (server.open, pool.checkedin()) == ([], 0)
 
 
@@ -1065,3 +1081,48 @@ def test_an_observer_that_raises_breaks_nothing(caplog):
 
     on_virtual_time(main)
     assert "failed on CheckedOut" in caplog.text
+
+
+# -- Warming up and leaving ------------------------------------------------------------------
+
+
+@on_fakes
+async def test_warm_ups_side_by_side_open_no_more_than_is_kept(server):
+    pool = make_pool(server, pool_size=2, max_overflow=3, pool_max_connecting=1)
+    server.connect_delay = 0.1
+    await asyncio.gather(*(pool.open(5) for _ in range(4)))
+    assert (len(server.made), pool.checkedin()) == (2, 2)
+    await greenlet_spawn(pool.dispose)
+
+
+@on_fakes
+async def test_a_warm_up_tells_each_failure_once(server):
+    pool = make_pool(server, pool_size=3)
+    server.errors = [CannotConnect("once")]
+    results = await pool.open(3)
+    assert sorted(str(result) for result in results) == ["None", "None", "once"]
+    assert pool.checkedin() == 2
+    await greenlet_spawn(pool.dispose)
+
+
+@on_fakes
+async def test_no_more_is_kept_ready_than_is_kept_at_all(server):
+    pool = make_pool(server, pool_size=1, max_overflow=2, pool_min_idle=3)
+    await idle(pool)
+    await asyncio.sleep(10)
+    assert len(server.made) == 1
+    await greenlet_spawn(pool.dispose)
+
+
+@on_fakes
+async def test_a_server_that_is_left_gets_nobody_any_more(server):
+    """Its idle connections are closed now, those in use when they come back."""
+    pool = make_pool(server, pool_size=2)
+    one, other = await holding(pool, 2)
+    await other.give_back()
+    pool.leave_server()
+    await one.give_back()
+    (next_one,) = await holding(pool)
+    await settle()
+    assert [driver.said_goodbye for driver in server.made] == [True, True, False]
+    await next_one.give_back()

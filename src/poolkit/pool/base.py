@@ -19,18 +19,28 @@ from sqlalchemy.util.concurrency import in_greenlet
 from poolkit import events
 from poolkit.errors import WrongEventLoop
 from poolkit.events import CloseReason, Event, Observer, notify
+from poolkit.pool.circuit import Circuit
 from poolkit.pool.queue import Waiter, WaitQueue
 from poolkit.pool.record import CLOSE_TIMEOUT, PooledRecord
 from poolkit.pool.stats import Counters, PoolStats, frozen
 
 
 class Opening:
-    """A connect under way, and the caller that gets its error if it fails."""
+    """A connect under way.
 
-    __slots__ = ("owner", "task")
+    Attributes:
+        began: When, in the event loop's seconds.
+        owner: The caller that gets its error if it fails.
+        probes: Whether it only finds out if the database is back, for nobody in particular.
+        task: What does it.
+    """
 
-    def __init__(self, owner: Waiter | None) -> None:
+    __slots__ = ("began", "owner", "probes", "task")
+
+    def __init__(self, began: float, owner: Waiter | None, *, probes: bool = False) -> None:
+        self.began = began
         self.task: asyncio.Task[Any] | None = None
+        self.probes = probes
         self.belong_to(owner)
 
     def belong_to(self, owner: Waiter | None) -> None:
@@ -38,6 +48,13 @@ class Opening:
         self.owner = owner
         if owner is not None:
             owner.opening = self
+
+    def disown(self) -> Waiter | None:
+        """Have nobody get the error; returns who was to."""
+        owner, self.owner = self.owner, None
+        if owner is not None:
+            owner.opening = None
+        return owner
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +111,6 @@ class PoolBase(Pool):
         self._lifetime = recycle
         self._jitter = pool_recycle_jitter
         self.idle_timeout = pool_idle_timeout
-        self.min_idle = pool_min_idle
         self.keepalive = pool_keepalive
         self._ping_idle = pool_ping_idle
         self._ping_after = pool_ping_idle if pre_ping else math.inf
@@ -108,6 +124,7 @@ class PoolBase(Pool):
         unlimited = pool_size == 0 or max_overflow < 0
         self._limit: float = math.inf if unlimited else pool_size + max_overflow
         self._kept: float = pool_size or math.inf
+        self.min_idle = int(min(pool_min_idle, self._kept))
         self._generation = 0
         self._reset_state()
         pools.add(self)
@@ -123,7 +140,8 @@ class PoolBase(Pool):
         self._tasks: set[asyncio.Task[Any]] = set()
         self._queue = WaitQueue(self._overload_after)
         self._line = self._queue.waiters  # its truth is asked at every checkout and check-in
-        self._last_connect_error: BaseException | None = None
+        self._circuit = Circuit()
+        self._probe_timer: asyncio.TimerHandle | None = None
         self._draining = self._replaced = False
         self._drained: asyncio.Future[None] | None = None
         self.keeper_timer: asyncio.TimerHandle | None = None
@@ -213,6 +231,8 @@ class PoolBase(Pool):
                 "this engine's connections belong to another event loop: use one engine per loop,"
                 " as poolkit.get_engine() gives it, or dispose of the engine before the next loop"
             )
+        self._stop_keeper()  # of a loop that is no more
+        self._stop_probing()
         # A loop's own time, as a virtual clock has it; asyncio's is this very function.
         plain = type(loop).time is asyncio.BaseEventLoop.time
         self._loop, self._time = loop, time.monotonic if plain else loop.time
@@ -236,6 +256,10 @@ class PoolBase(Pool):
     def held(self) -> Iterable[PooledRecord]:
         """The connections in use."""
         return list(self._held)
+
+    def has_given(self, record: PooledRecord) -> bool:
+        """Whether a connection is in use."""
+        return record in self._held
 
     def idle(self) -> Iterable[PooledRecord]:
         """The idle connections, the longest idle first."""
@@ -303,6 +327,7 @@ class PoolBase(Pool):
         """
         self._generation += 1
         self._let_held_expire()
+        self._stop_probing()
         if self._in_own_loop():
             self._cancel_unowned_openings()
         idle = list(self._idle)
@@ -322,6 +347,23 @@ class PoolBase(Pool):
         """Have what is in use closed as it comes back."""
         for record in self._held:
             record.expires_at = -math.inf
+
+    def leave_server(self) -> None:
+        """Close every connection that is there now, what is in use as it comes back.
+
+        For a server that answers and yet is the wrong one, such as a primary that has become
+        read-only: new connections find the right one.
+        """
+        self._generation += 1
+        self._let_held_expire()
+        for record in list(self._idle):
+            self.close_idle(record, CloseReason.LOST)
+
+    def _stop_probing(self) -> None:
+        self._circuit.close()
+        timer, self._probe_timer = self._probe_timer, None
+        if timer is not None:
+            timer.cancel()
 
     def _cancel_unowned_openings(self) -> None:
         for opening in list(self._openings):
@@ -353,6 +395,7 @@ class PoolBase(Pool):
         began, closed = self._time(), sum(self.counters.closed.values())
         self._draining = True
         self._let_held_expire()
+        self._stop_probing()
         refused = self._refuse_all()
         for record in list(self._idle):
             self.close_idle(record, CloseReason.DRAINED)

@@ -43,7 +43,7 @@ class HandoffPool(PoolBase):
         recycle: Age at which a connection is replaced; -1 or 0 is off.
         pool_recycle_jitter: Fraction by which each lifetime is shortened at random.
         pool_idle_timeout: Idleness after which a connection above the minimum is closed; 0 is off.
-        pool_min_idle: Idle connections that are kept ready.
+        pool_min_idle: Idle connections that are kept ready; no more than ``pool_size``.
         pool_keepalive: Time between heartbeats of idle connections; 0 is off.
         pool_ping_idle: Idleness after which a connection is checked before use.
         pool_ping_timeout: How long the check may take.
@@ -284,16 +284,59 @@ class HandoffPool(PoolBase):
         longest = min((r.taken_at for r in self._held), default=None)
         if longest is not None:
             text += f"; longest holder {self._time() - longest:.1f} s"
-        if self._last_connect_error is not None:
-            text += f"; last connect error: {describe(self._last_connect_error)}"
+        if self._circuit.error is not None:
+            text += f"; last connect error: {describe(self._circuit.error)}"
         return text + ")"
 
     # -- Connects --------------------------------------------------------------------------
 
     def _spawn_openings(self) -> None:
         """Start a connect for each caller in line that has none, as far as there is room."""
+        if self._circuit.is_open:
+            self._fail_fast()
+            return
         while len(self._openings) < len(self._queue) and self._may_open():
             self._open_for(self._first_without_opening())
+
+    def _fail_fast(self) -> None:
+        """The database is down: who would have to connect is told so."""
+        if self._total() - self._probes() >= self._limit or self._somebody_is_served():
+            return  # there is still something to wait for
+        for opening in self._openings:
+            if opening.began >= self._circuit.failing_since:
+                opening.disown()
+                opening.probes = True
+        now = self._time()
+        for waiter in [w for w in self._queue.in_turn() if w.opening is None]:
+            self._fail(waiter, self._circuit.last_error(now))
+
+    def _somebody_is_served(self) -> bool:
+        """Whether what is in use has answered while connects failed: it may come back soon."""
+        since = self._circuit.failing_since
+        return any(record.answered_at >= since for record in self._held)
+
+    def _probes(self) -> int:
+        return sum(opening.probes for opening in self._openings)
+
+    def _probe_after(self, pause: float) -> None:
+        # A timer and a connect, and no task: they do not keep the pool alive in between.
+        if self._loop is not None and not self._draining:
+            self._probe_timer = self._loop.call_later(pause, _probe, weakref.ref(self))
+
+    def probe(self) -> None:
+        """Find out if the database is back."""
+        self._probe_timer = None
+        if self._may_open():
+            self._open_for(None, probes=True)
+        else:
+            self._go_on_probing()
+
+    def _go_on_probing(self) -> None:
+        pause = self._circuit.next_pause(self._time())
+        if pause is None:
+            self._circuit.close()
+        else:
+            self._probe_after(pause)
 
     def _first_without_opening(self) -> Waiter | None:
         return next((w for w in self._queue.in_turn() if w.opening is None), None)
@@ -301,8 +344,10 @@ class HandoffPool(PoolBase):
     def _may_open(self) -> bool:
         return self._total() < self._limit and len(self._openings) < self._max_connecting
 
-    def _open_for(self, owner: Waiter | None) -> asyncio.Task[BaseException | None]:
-        opening = Opening(owner)
+    def _open_for(
+        self, owner: Waiter | None, *, probes: bool = False
+    ) -> asyncio.Task[BaseException | None]:
+        opening = Opening(self._time(), owner, probes=probes)
         self._openings.add(opening)
         # A task of its own: a caller that gives up does not take the connection with it.
         opening.task = task = self._spawn(self._open(opening))
@@ -315,10 +360,12 @@ class HandoffPool(PoolBase):
 
     async def _open(self, opening: Opening) -> BaseException | None:
         """Connect, and give the connection to whoever is next; returns the error, if any."""
-        began, generation = self._time(), self._generation
+        generation = self._generation
         try:
             record = await greenlet_spawn(self._create_connection)
         except BaseException as error:
+            now = self._time()
+            self._circuit.note_failure(error, now - opening.began, now)
             self._open_failed(opening, error)
             if isinstance(error, asyncio.CancelledError | KeyboardInterrupt | SystemExit):
                 raise
@@ -326,17 +373,15 @@ class HandoffPool(PoolBase):
         self._openings.discard(opening)
         now = self._time()
         self.counters.opened += 1
-        self.counters.open_seconds += now - began
-        self._last_connect_error = None
+        self.counters.open_seconds += now - opening.began
+        self._circuit.close()
         record.generation = generation
         record.opened_at = record.answered_at = record.idle_since = now
-        record.open_seconds = now - began
+        record.open_seconds = now - opening.began
         self._queue.opened_at = now
         stale = generation != self._generation or self._draining or self._replaced
         record.expires_at = -math.inf if stale else self._expiry(now)
-        owner, opening.owner = opening.owner, None
-        if owner is not None:
-            owner.opening = None
+        owner = opening.disown()
         if self._line and not record.is_dead():
             self._hand_over(record)
         else:
@@ -356,7 +401,7 @@ class HandoffPool(PoolBase):
 
     def _take_over_spare(self, waiter: Waiter) -> bool:
         """Have a connect that nobody waits for any more count as this caller's; tells if one is."""
-        spare = next((o for o in self._openings if o.owner is None), None)
+        spare = next((o for o in self._openings if o.owner is None and not o.probes), None)
         if spare is not None:
             spare.belong_to(waiter)
         return spare is not None
@@ -364,13 +409,13 @@ class HandoffPool(PoolBase):
     def _open_failed(self, opening: Opening, error: BaseException) -> None:
         self._openings.discard(opening)
         self.counters.open_failed += 1
-        self._last_connect_error = error
-        owner, opening.owner = opening.owner, None
+        owner = opening.disown()
         if owner is not None:
-            owner.opening = None
             if isinstance(error, asyncio.CancelledError):
                 error = PoolTimeout(self._describe("the connect was cancelled"))
             self._fail(owner, error)
+        if self._circuit.is_open and self._probe_timer is None and not self._probes():
+            self._go_on_probing()
         self._capacity_freed()
 
     def _disown(self, waiter: Waiter) -> None:
@@ -383,9 +428,9 @@ class HandoffPool(PoolBase):
         loop = asyncio.get_running_loop()
         if loop is not self._loop:
             self._bind(loop)
-        missing = min(wanted, self._limit) - self._total()
+        wanted = int(min(wanted, self._limit, self._kept))
         tasks: list[asyncio.Task[BaseException | None]] = []
-        while len(tasks) < missing and not self._draining:
+        while self._total() + _failures(tasks) < wanted and not self._draining:
             if self._may_open():
                 tasks.append(self._open_for(None))
             elif self._openings:
@@ -397,6 +442,8 @@ class HandoffPool(PoolBase):
 
     def open_idle(self) -> None:
         """Open connections in the background until the minimum idle is there."""
+        if self._circuit.is_open:
+            return
         while len(self._idle) + len(self._openings) < self.min_idle and self._may_open():
             self._open_for(None)
 
@@ -582,3 +629,13 @@ class HandoffPool(PoolBase):
             self._suspect()
         if _checkin and connection.is_valid:
             connection.invalidate(exception)
+
+
+def _probe(reference: weakref.ref[HandoffPool]) -> None:
+    pool = reference()
+    if pool is not None:
+        pool.probe()
+
+
+def _failures(tasks: list[asyncio.Task[BaseException | None]]) -> int:
+    return sum(task.done() and (task.cancelled() or task.result() is not None) for task in tasks)

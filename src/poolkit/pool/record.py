@@ -91,7 +91,15 @@ class PooledRecord(_ConnectionRecord):
             self.invalidated = self.dbapi_connection is not None
             self.error = e
             self.driver_is_closed = self._is_closed_now
-        super().invalidate(e, soft)
+        try:
+            super().invalidate(e, soft)
+        except BaseException:
+            # Cancelled while the peer was told. SQLAlchemy would check the record in now, and
+            # leaves that to the garbage collector instead.
+            self.dbapi_connection = None
+            if self._pool.has_given(self):
+                self.checkin(_fairy_was_created=False)
+            raise
 
     def _is_closed_now(self) -> bool:
         """Asked once after an invalidation: SQLAlchemy may have reconnected within the record."""
