@@ -141,7 +141,7 @@ async def test_who_may_be_served_by_another_waits(server):
     (holder,) = await holding(pool)
     failing += await callers(pool, 2)
     await asyncio.sleep(2.1)
-    assert pool._circuit.is_open
+    assert pool._connects.circuit.is_open
     (waiting,) = await callers(pool, 1)
     await asyncio.sleep(1)
     await holder.give_back()
@@ -174,7 +174,7 @@ async def test_a_refusal_that_costs_no_time_does_not_count(server):
         (caller,) = await callers(pool, 1)
         await asyncio.wait([caller.task])
         assert isinstance(caller.error, error or CannotConnect)
-        assert not pool._circuit.is_open
+        assert not pool._connects.circuit.is_open
     pool.dispose()
 
 

@@ -228,7 +228,7 @@ async def test_a_warm_up_keeps_to_the_limits(server):
         for _ in range(4):
             await asyncio.sleep(0)
             highest = max(highest, pool._total())
-            assert len(pool._openings) <= 2
+            assert len(pool._connects.under_way) <= 2
         await asyncio.sleep(0.1)
     await warming
     assert highest <= 3
@@ -782,13 +782,12 @@ async def test_dispose_keeps_all_settings(server):
     state, again = vars(pool), vars(pool.recreate())
     own = {
         "dispatch",
-        "_circuit",
         "_queue",
         "logger",
         "_time",
         "_idle",
         "_held",
-        "_openings",
+        "_connects",
         "_tasks",
         "_take",
         "_line",

@@ -318,7 +318,7 @@ class PoolMachine(RuleBasedStateMachine):
         assert self.unheard == []
         pool = self.pool
         stats = pool.stats()
-        steps["open circuit"] += pool._circuit.is_open
+        steps["open circuit"] += pool._connects.circuit.is_open
         assert stats.used + stats.idle + stats.opening <= self.limit
         assert stats.opening <= pool._max_connecting
         records = [*pool.idle(), *pool.held()]
@@ -336,12 +336,12 @@ class PoolMachine(RuleBasedStateMachine):
         pool, live = self.pool, self.live()
         assert len(pool._queue) == len(live), "somebody in line has gone"
         assert not (live and pool.checkedin()), "somebody waits beside an idle connection"
-        if live and pool._circuit.is_open:
+        if live and pool._connects.circuit.is_open:
             steps["waiting beside an open circuit"] += 1
-            room = pool._total() - pool._probes() < self.limit
-            assert not room or pool._somebody_is_served(), "somebody waits for nothing"
-        elif live and pool._may_open():
-            assert len(pool._openings) >= len(live), "somebody is stranded"
+            left = [w for w in live if w.opening is None]
+            assert not (left and pool._connects.is_hopeless()), "somebody waits for nothing"
+        elif live and pool._connects.may_begin():
+            assert len(pool._connects.under_way) >= len(live), "somebody is stranded"
         self._check_times(live)
         self._check_counts()
 
@@ -349,13 +349,15 @@ class PoolMachine(RuleBasedStateMachine):
         timeout, now = self.pool._timeout, self.loop.time()
         for waiter in live:
             in_time = timeout is None or now - waiter.since <= timeout + 0.001
-            assert in_time or waiter.opening in self.pool._openings, "waits beyond its time"
+            assert in_time or waiter.opening in self.pool._connects.under_way, (
+                "waits beyond its time"
+            )
 
     def _check_counts(self):
         pool, server = self.pool, self.server
         tasks = {caller.task for caller in self.callers}
         own = [task for task in server.connecting if task not in tasks]
-        assert len(pool._openings) == len(own), f"connects under way: {own}"
+        assert len(pool._connects.under_way) == len(own), f"connects under way: {own}"
         pooled = {record.driver_connection for record in [*pool.idle(), *pool.held()]}
         # A detached one that fails to roll back is left open by SQLAlchemy, whatever the pool.
         others = {d for caller in self.callers for d in (caller.detached, caller.leaving)}
@@ -390,7 +392,7 @@ class PoolMachine(RuleBasedStateMachine):
         assert [task for task in self.background if not task.done()] == []
         self.at_every_instant()
         self.when_nothing_is_in_motion()
-        assert (pool.checkedout(), len(pool._queue), len(pool._openings)) == (0, 0, 0)
+        assert (pool.checkedout(), len(pool._queue), len(pool._connects.under_way)) == (0, 0, 0)
         if not pool._draining:
             self._every_slot_serves()
         self._nothing_is_left()

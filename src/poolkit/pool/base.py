@@ -19,42 +19,10 @@ from sqlalchemy.util.concurrency import in_greenlet
 from poolkit import events
 from poolkit.errors import WrongEventLoop
 from poolkit.events import CloseReason, Event, Observer, notify
-from poolkit.pool.circuit import Circuit
-from poolkit.pool.queue import Waiter, WaitQueue
+from poolkit.pool.connects import Connects
+from poolkit.pool.queue import WaitQueue
 from poolkit.pool.record import CLOSE_TIMEOUT, PooledRecord
 from poolkit.pool.stats import Counters, PoolStats, frozen
-
-
-class Opening:
-    """A connect under way.
-
-    Attributes:
-        began: When, in the event loop's seconds.
-        owner: The caller that gets its error if it fails.
-        probes: Whether it only finds out if the database is back, for nobody in particular.
-        task: What does it.
-    """
-
-    __slots__ = ("began", "owner", "probes", "task")
-
-    def __init__(self, began: float, owner: Waiter | None, *, probes: bool = False) -> None:
-        self.began = began
-        self.task: asyncio.Task[Any] | None = None
-        self.probes = probes
-        self.belong_to(owner)
-
-    def belong_to(self, owner: Waiter | None) -> None:
-        """Note on both sides who gets the error."""
-        self.owner = owner
-        if owner is not None:
-            owner.opening = self
-
-    def disown(self) -> Waiter | None:
-        """Have nobody get the error; returns who was to."""
-        owner, self.owner = self.owner, None
-        if owner is not None:
-            owner.opening = None
-        return owner
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +46,7 @@ class PoolBase(Pool):
     """The state of a pool. Counts are sizes of its collections, never sums of steps."""
 
     _is_asyncio = True
+    _connects: Connects
 
     # Not keyword-only: SQLAlchemy's create_engine passes only arguments that are not.
     def __init__(  # noqa: PLR0913
@@ -136,12 +105,9 @@ class PoolBase(Pool):
         self._idle: deque[PooledRecord] = deque()
         self._take = self._idle.pop if self._lifo else self._idle.popleft
         self._held: dict[PooledRecord, None] = {}
-        self._openings: set[Opening] = set()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._queue = WaitQueue(self._overload_after)
         self._line = self._queue.waiters  # its truth is asked at every checkout and check-in
-        self._circuit = Circuit()
-        self._probe_timer: asyncio.TimerHandle | None = None
         self._draining = self._replaced = False
         self._drained: asyncio.Future[None] | None = None
         self.keeper_timer: asyncio.TimerHandle | None = None
@@ -173,7 +139,7 @@ class PoolBase(Pool):
         return (
             f"Pool size: {self._size}  Connections in pool: {self.checkedin()} Current Overflow:"
             f" {self.overflow()} Current Checked out connections: {self.checkedout()}"
-            f" Opening: {len(self._openings)} Waiting: {len(self._queue)}"
+            f" Opening: {len(self._connects)} Waiting: {len(self._queue)}"
         )
 
     def recreate(self) -> Self:
@@ -213,7 +179,7 @@ class PoolBase(Pool):
         return PoolStats(
             used=len(self._held),
             idle=len(self._idle),
-            opening=len(self._openings),
+            opening=len(self._connects),
             waiting=len(self._queue),
             size=self._size,
             limit=None if unlimited else int(self._limit),
@@ -232,7 +198,7 @@ class PoolBase(Pool):
                 " as poolkit.get_engine() gives it, or dispose of the engine before the next loop"
             )
         self._stop_keeper()  # of a loop that is no more
-        self._stop_probing()
+        self._connects.stop_probing()
         # A loop's own time, as a virtual clock has it; asyncio's is this very function.
         plain = type(loop).time is asyncio.BaseEventLoop.time
         self._loop, self._time = loop, time.monotonic if plain else loop.time
@@ -251,7 +217,7 @@ class PoolBase(Pool):
     # -- Counting --------------------------------------------------------------------------
 
     def _total(self) -> int:
-        return len(self._held) + len(self._idle) + len(self._openings)
+        return len(self._held) + len(self._idle) + len(self._connects)
 
     def held(self) -> Iterable[PooledRecord]:
         """The connections in use."""
@@ -327,9 +293,9 @@ class PoolBase(Pool):
         """
         self._generation += 1
         self._let_held_expire()
-        self._stop_probing()
+        self._connects.stop_probing()
         if self._in_own_loop():
-            self._cancel_unowned_openings()
+            self._connects.cancel_unowned()
         idle = list(self._idle)
         self._idle.clear()
         if idle and self._in_own_loop():
@@ -359,17 +325,6 @@ class PoolBase(Pool):
         for record in list(self._idle):
             self.close_idle(record, CloseReason.LOST)
 
-    def _stop_probing(self) -> None:
-        self._circuit.close()
-        timer, self._probe_timer = self._probe_timer, None
-        if timer is not None:
-            timer.cancel()
-
-    def _cancel_unowned_openings(self) -> None:
-        for opening in list(self._openings):
-            if opening.owner is None and opening.task is not None:
-                opening.task.cancel()
-
     def _in_own_loop(self) -> bool:
         try:
             return asyncio.get_running_loop() is self._loop
@@ -395,7 +350,7 @@ class PoolBase(Pool):
         began, closed = self._time(), sum(self.counters.closed.values())
         self._draining = True
         self._let_held_expire()
-        self._stop_probing()
+        self._connects.stop_probing()
         refused = self._refuse_all()
         for record in list(self._idle):
             self.close_idle(record, CloseReason.DRAINED)
@@ -425,7 +380,7 @@ class PoolBase(Pool):
 
     def forget(self) -> object:
         """Start anew in a forked child; returns what must outlive it there."""
-        parents = (self._idle, self._held, self._openings, self._tasks, self._queue, self._loop)
+        parents = (self._idle, self._held, self._connects, self._tasks, self._queue, self._loop)
         self._reset_state()
         return parents
 

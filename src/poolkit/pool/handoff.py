@@ -15,12 +15,13 @@ from sqlalchemy.util import await_only, greenlet_spawn
 from poolkit import events
 from poolkit.errors import PoolDraining, PoolOverloaded, PoolTimeout, describe
 from poolkit.events import CloseReason
-from poolkit.pool import keeper
-from poolkit.pool.base import Opening, PoolBase
+from poolkit.pool import keeper, liveness
+from poolkit.pool.base import PoolBase
+from poolkit.pool.connects import Connects
 from poolkit.pool.queue import Waiter
 from poolkit.pool.record import CLOSE_TIMEOUT, PooledRecord
 
-_running_loop = asyncio._get_running_loop  # noqa: SLF001 (documented; raises nothing, costs less)
+_running_loop = asyncio._get_running_loop
 _log = logging.getLogger("poolkit.pool")
 
 
@@ -55,6 +56,10 @@ class HandoffPool(PoolBase):
         observers: Told of every event; shared with the engine, not copied.
         kwargs: ``sqlalchemy.pool.Pool``'s own arguments.
     """
+
+    def _reset_state(self) -> None:
+        super()._reset_state()
+        self._connects = Connects(self)
 
     # -- Checkout --------------------------------------------------------------------------
 
@@ -116,7 +121,7 @@ class HandoffPool(PoolBase):
     def _answers(self, record: PooledRecord) -> bool:
         """Whether the server answers in time; if not, the connection is gone and replaced."""
         try:
-            error = await_only(self._ping(record))
+            error = await_only(liveness.ping(self, record))
         except BaseException:  # cancelled in mid-ping: nobody knows its state any more
             self._held.pop(record, None)
             self._discard(record, CloseReason.PING_FAILED)
@@ -126,49 +131,9 @@ class HandoffPool(PoolBase):
             return True
         self._held.pop(record, None)
         self._discard(record, CloseReason.PING_FAILED, error)
-        self._suspect()
+        liveness.check_idle(self)
         self._capacity_freed()
         return False
-
-    async def _ping(self, record: PooledRecord) -> Exception | None:
-        began = self._time()
-        self.counters.pings += 1
-        try:
-            async with asyncio.timeout(self._ping_timeout):
-                await record.ping()
-        except Exception as error:  # noqa: BLE001 (whatever it is, the connection is not fit)
-            self.counters.pings_failed += 1
-            return error
-        finally:
-            self.counters.ping_seconds += self._time() - began
-        record.answered_at = self._time()
-        return None
-
-    def _suspect(self) -> None:
-        """What has not answered since now is checked: idle siblings at once and side by side."""
-        now = self._time()
-        siblings = list(self._idle)
-        self._idle.clear()
-        for record in siblings:
-            self._check_in_background(record, now)
-
-    async def _check_sibling(self, record: PooledRecord, *, stay_cold: bool) -> None:
-        try:
-            error = await self._ping(record)
-        except asyncio.CancelledError:
-            self._held.pop(record, None)
-            self._discard(record, CloseReason.PING_FAILED)
-            raise
-        if record not in self._held:
-            return
-        del self._held[record]
-        if error is None:
-            self._accept(record)
-            if stay_cold and self._idle and self._idle[-1] is record:
-                self._idle.rotate(1)  # a heartbeat is no use: it stays the first to age out
-        else:
-            self._discard(record, CloseReason.PING_FAILED, error)
-            self._capacity_freed()
 
     def _given(self, record: PooledRecord, wait: float, ping: float) -> PooledRecord:
         """Tell whoever watches that a caller has it."""
@@ -188,8 +153,8 @@ class HandoffPool(PoolBase):
         loop = asyncio.get_running_loop()
         waiter = Waiter(loop.create_future(), self._time())
         self._admit(waiter, first=first)
-        self._take_over_spare(waiter)
-        self._spawn_openings()
+        self._connects.take_over_spare(waiter)
+        self._connects.serve()
         timer = None
         if self._timeout is not None:
             timer = loop.call_later(self._timeout, self._expire, waiter)
@@ -228,7 +193,7 @@ class HandoffPool(PoolBase):
         if waiter in self._line:
             self._learn_patience(waiter)
             self._queue_discard(waiter)
-        self._disown(waiter)
+        self._connects.leave_to_the_next(waiter)
         future = waiter.future
         if future.done() and not future.cancelled() and future.exception() is None:
             record = future.result()
@@ -260,7 +225,7 @@ class HandoffPool(PoolBase):
 
     def _fail(self, waiter: Waiter, error: BaseException) -> None:
         self._queue_discard(waiter)
-        self._disown(waiter)
+        self._connects.leave_to_the_next(waiter)
         if not waiter.future.done():
             waiter.future.set_exception(error)
 
@@ -279,193 +244,14 @@ class HandoffPool(PoolBase):
         text = (
             f"QueuePool limit of size {self._size} overflow {self.overflow()} reached, {what},"
             f" timeout {timeout:.2f} (used={len(self._held)}, idle={len(self._idle)},"
-            f" opening={len(self._openings)}, waiting={len(self._queue)}"
+            f" opening={len(self._connects)}, waiting={len(self._queue)}"
         )
         longest = min((r.taken_at for r in self._held), default=None)
         if longest is not None:
             text += f"; longest holder {self._time() - longest:.1f} s"
-        if self._circuit.error is not None:
-            text += f"; last connect error: {describe(self._circuit.error)}"
+        if self._connects.circuit.error is not None:
+            text += f"; last connect error: {describe(self._connects.circuit.error)}"
         return text + ")"
-
-    # -- Connects --------------------------------------------------------------------------
-
-    def _spawn_openings(self) -> None:
-        """Start a connect for each caller in line that has none, as far as there is room."""
-        if self._circuit.is_open:
-            self._fail_fast()
-            return
-        while len(self._openings) < len(self._queue) and self._may_open():
-            self._open_for(self._first_without_opening())
-
-    def _fail_fast(self) -> None:
-        """The database is down: who would have to connect is told so."""
-        if self._total() - self._probes() >= self._limit or self._somebody_is_served():
-            return  # there is still something to wait for
-        for opening in self._openings:
-            if opening.began >= self._circuit.failing_since:
-                opening.disown()
-                opening.probes = True
-        now = self._time()
-        for waiter in [w for w in self._queue.in_turn() if w.opening is None]:
-            self._fail(waiter, self._circuit.last_error(now))
-
-    def _somebody_is_served(self) -> bool:
-        """Whether what is in use has answered while connects failed: it may come back soon."""
-        since = self._circuit.failing_since
-        return any(record.answered_at >= since for record in self._held)
-
-    def _probes(self) -> int:
-        return sum(opening.probes for opening in self._openings)
-
-    def _probe_after(self, pause: float) -> None:
-        # A timer and a connect, and no task: they do not keep the pool alive in between.
-        if self._loop is not None and not self._draining:
-            self._probe_timer = self._loop.call_later(pause, _probe, weakref.ref(self))
-
-    def probe(self) -> None:
-        """Find out if the database is back."""
-        self._probe_timer = None
-        if self._may_open():
-            self._open_for(None, probes=True)
-        else:
-            self._go_on_probing()
-
-    def _go_on_probing(self) -> None:
-        pause = self._circuit.next_pause(self._time())
-        if pause is None:
-            self._circuit.close()
-        else:
-            self._probe_after(pause)
-
-    def _first_without_opening(self) -> Waiter | None:
-        return next((w for w in self._queue.in_turn() if w.opening is None), None)
-
-    def _may_open(self) -> bool:
-        return self._total() < self._limit and len(self._openings) < self._max_connecting
-
-    def _open_for(
-        self, owner: Waiter | None, *, probes: bool = False
-    ) -> asyncio.Task[BaseException | None]:
-        opening = Opening(self._time(), owner, probes=probes)
-        self._openings.add(opening)
-        # A task of its own: a caller that gives up does not take the connection with it.
-        opening.task = task = self._spawn(self._open(opening))
-        task.add_done_callback(lambda _: self._forget_if_never_begun(opening))
-        return task
-
-    def _forget_if_never_begun(self, opening: Opening) -> None:
-        if opening in self._openings:
-            self._open_failed(opening, asyncio.CancelledError())
-
-    async def _open(self, opening: Opening) -> BaseException | None:
-        """Connect, and give the connection to whoever is next; returns the error, if any."""
-        generation = self._generation
-        try:
-            record = await greenlet_spawn(self._create_connection)
-        except BaseException as error:
-            now = self._time()
-            self._circuit.note_failure(error, now - opening.began, now)
-            self._open_failed(opening, error)
-            if isinstance(error, asyncio.CancelledError | KeyboardInterrupt | SystemExit):
-                raise
-            return error
-        self._openings.discard(opening)
-        now = self._time()
-        self.counters.opened += 1
-        self.counters.open_seconds += now - opening.began
-        self._circuit.close()
-        record.generation = generation
-        record.opened_at = record.answered_at = record.idle_since = now
-        record.open_seconds = now - opening.began
-        self._queue.opened_at = now
-        stale = generation != self._generation or self._draining or self._replaced
-        record.expires_at = -math.inf if stale else self._expiry(now)
-        owner = opening.disown()
-        if self._line and not record.is_dead():
-            self._hand_over(record)
-        else:
-            self._accept(record)
-        keeper.start(self)
-        if owner is not None and not owner.future.done():
-            self._look_after(owner)
-        self._spawn_openings()
-        return None
-
-    def _look_after(self, waiter: Waiter) -> None:
-        """Its connection went to one before it in line: it takes over that one's connect."""
-        if waiter.opening is not None:
-            return
-        if not self._take_over_spare(waiter) and waiter.late:
-            self._time_out(waiter)
-
-    def _take_over_spare(self, waiter: Waiter) -> bool:
-        """Have a connect that nobody waits for any more count as this caller's; tells if one is."""
-        spare = next((o for o in self._openings if o.owner is None and not o.probes), None)
-        if spare is not None:
-            spare.belong_to(waiter)
-        return spare is not None
-
-    def _open_failed(self, opening: Opening, error: BaseException) -> None:
-        self._openings.discard(opening)
-        self.counters.open_failed += 1
-        owner = opening.disown()
-        if owner is not None:
-            if isinstance(error, asyncio.CancelledError):
-                error = PoolTimeout(self._describe("the connect was cancelled"))
-            self._fail(owner, error)
-        if self._circuit.is_open and self._probe_timer is None and not self._probes():
-            self._go_on_probing()
-        self._capacity_freed()
-
-    def _disown(self, waiter: Waiter) -> None:
-        opening, waiter.opening = waiter.opening, None
-        if opening is not None:
-            opening.belong_to(self._first_without_opening())
-
-    async def open(self, wanted: int) -> list[BaseException | None]:
-        """Open connections until so many are there; for each an error, or None."""
-        loop = asyncio.get_running_loop()
-        if loop is not self._loop:
-            self._bind(loop)
-        wanted = int(min(wanted, self._limit, self._kept))
-        tasks: list[asyncio.Task[BaseException | None]] = []
-        while self._total() + _failures(tasks) < wanted and not self._draining:
-            if self._may_open():
-                tasks.append(self._open_for(None))
-            elif self._openings:
-                under_way = [o.task for o in self._openings if o.task is not None]
-                await asyncio.wait(under_way, return_when=asyncio.FIRST_COMPLETED)
-            else:
-                break  # callers have taken the room meanwhile
-        return list(await asyncio.gather(*tasks, return_exceptions=True))
-
-    def open_idle(self) -> None:
-        """Open connections in the background until the minimum idle is there."""
-        if self._circuit.is_open:
-            return
-        while len(self._idle) + len(self._openings) < self.min_idle and self._may_open():
-            self._open_for(None)
-
-    def keep_alive(self, record: PooledRecord) -> None:
-        """Have an idle connection checked, in the background."""
-        self._idle.remove(record)
-        self._check_in_background(record, self._time(), stay_cold=True)
-
-    def _check_in_background(
-        self, record: PooledRecord, now: float, *, stay_cold: bool = False
-    ) -> None:
-        record.taken_at = now
-        self._held[record] = None
-        task = self._spawn(self._check_sibling(record, stay_cold=stay_cold))
-        task.add_done_callback(lambda _: self._drop_if_unchecked(record, now))
-
-    def _drop_if_unchecked(self, record: PooledRecord, since: float) -> None:
-        """The check was cancelled before it began, as when the event loop ends."""
-        if record in self._held and record.taken_at == since and record.fairy_ref is None:
-            del self._held[record]
-            self._discard(record, CloseReason.PING_FAILED)
-            self._capacity_freed()
 
     def renewed(self, record: PooledRecord) -> None:
         """SQLAlchemy reconnected within the record, as after a listener's DisconnectionError."""
@@ -480,6 +266,13 @@ class HandoffPool(PoolBase):
         if self._lifetime <= 0:
             return math.inf
         return now + self._lifetime * (1 - random.uniform(0, self._jitter))  # noqa: S311
+
+    async def open(self, wanted: int) -> list[BaseException | None]:
+        """Open connections until so many are there; for each an error, or None."""
+        loop = asyncio.get_running_loop()
+        if loop is not self._loop:
+            self._bind(loop)
+        return await self._connects.reach(int(min(wanted, self._limit, self._kept)))
 
     # -- Check-in --------------------------------------------------------------------------
 
@@ -553,7 +346,7 @@ class HandoffPool(PoolBase):
             if not waiter.future.done():
                 record.taken_at = now
                 self._held[record] = None
-                self._disown(waiter)
+                self._connects.leave_to_the_next(waiter)
                 waiter.future.set_result(record)
                 return
         self._accept(record)  # all those in line had gone
@@ -562,10 +355,10 @@ class HandoffPool(PoolBase):
         """Whatever freed it, somebody in line may connect now."""
         if self._queue:
             if self._in_own_loop():
-                self._spawn_openings()
+                self._connects.serve()
             elif self._loop is not None and not self._loop.is_closed():
                 # The garbage collector may be at work in another thread.
-                self._loop.call_soon_threadsafe(self._spawn_openings)
+                self._loop.call_soon_threadsafe(self._connects.serve)
         self._settle()
 
     def _settle(self) -> None:
@@ -626,16 +419,6 @@ class HandoffPool(PoolBase):
         SQLAlchemy's own drops all connections that are older instead.
         """
         if self._loop is not None:
-            self._suspect()
+            liveness.check_idle(self)
         if _checkin and connection.is_valid:
             connection.invalidate(exception)
-
-
-def _probe(reference: weakref.ref[HandoffPool]) -> None:
-    pool = reference()
-    if pool is not None:
-        pool.probe()
-
-
-def _failures(tasks: list[asyncio.Task[BaseException | None]]) -> int:
-    return sum(task.done() and (task.cancelled() or task.result() is not None) for task in tasks)

@@ -17,6 +17,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from poolkit.events import CloseReason, LongHolder, LongHolderReturned
+from poolkit.pool import liveness
 
 if TYPE_CHECKING:
     from poolkit.pool.handoff import HandoffPool
@@ -73,10 +74,10 @@ def _tick(reference: weakref.ref[HandoffPool]) -> None:
     _close_old(pool, now)
     _close_unused(pool, now)
     if pool.min_idle:
-        pool.open_idle()
+        pool._connects.top_up()
     if pool.keepalive:
         for record in [r for r in pool.idle() if now - r.answered_at >= pool.keepalive]:
-            pool.keep_alive(record)
+            liveness.keep_alive(pool, record)
     if pool.leak_threshold:
         for record in [r for r in pool.held() if _is_long_held(pool, r, now)]:
             _report(pool, record, now)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from poolkit.pool.base import Opening
+    from poolkit.pool.connects import Opening
     from poolkit.pool.record import PooledRecord
 
 
