@@ -1,6 +1,7 @@
 """The connector's rules, with the driver's connect replaced and time virtual."""
 
 import asyncio
+import contextlib
 import socket
 import ssl
 from collections.abc import Callable
@@ -26,8 +27,11 @@ from poolkit import (
     StartupParameterRefused,
     TLSRefused,
     TooManyConnections,
+    scouts,
 )
-from poolkit.connect import LONGEST_PAUSE, Connector
+from poolkit.addresses import REMEMBERED, SILENT
+from poolkit.connect import LONGEST_PAUSE, SECOND_CHANCE, Connector
+from poolkit.scouts import SCOUTING
 
 REFUSED = ConnectionRefusedError(111, "Connect call failed")
 
@@ -58,6 +62,10 @@ class FakeConnection:
         self.terminated = True
 
 
+class Held(float):
+    """Seconds that a server, having answered at once, takes for the rest."""
+
+
 class FakeDriver:
     """``asyncpg.connect`` that does what a script says: an exception, a delay or a success."""
 
@@ -65,25 +73,80 @@ class FakeDriver:
         self.script = script
         self.times: list[float] = []
         self.calls: list[dict[str, Any]] = []
+        self.made: list[FakeConnection] = []
+        self.under_way = self.most_under_way = 0
 
     async def connect(self, **arguments: Any) -> FakeConnection:
         self.times.append(asyncio.get_running_loop().time())
         self.calls.append(arguments)
-        step = self.script(len(self.calls), arguments)
-        if isinstance(step, float):
-            await asyncio.sleep(step)
-        elif isinstance(step, BaseException):
-            raise step
-        return FakeConnection(arguments)
+        self.under_way += 1
+        self.most_under_way = max(self.most_under_way, self.under_way)
+        try:
+            step = self.script(len(self.calls), arguments)
+            if isinstance(step, Held):
+                await asyncio.sleep(0.01)
+                arguments["loop"]._answered()
+            if isinstance(step, float):
+                await asyncio.sleep(step)
+            elif isinstance(step, BaseException):
+                raise step
+        finally:
+            self.under_way -= 1
+        self.made.append(FakeConnection(arguments))
+        return self.made[-1]
+
+    @property
+    def routes(self) -> list[str]:
+        """The IP addresses tried, in order."""
+        return [call["loop"]._endpoint[0] for call in self.calls]
+
+    @property
+    def kept(self) -> int:
+        return sum(not connection.terminated for connection in self.made)
 
 
 @pytest.fixture
-def run(monkeypatch):
-    """Call a connector on a virtual clock: (result or error, driver, seconds, events)."""
+def names() -> dict[str, list[str]]:
+    """What the resolver knows; a name that is not in it has one address, made of its letters."""
+    return {}
 
-    def runner(script, *, connector=None, **arguments):
+
+@pytest.fixture
+def resolve(names):
+    """Stands in for a loop's ``getaddrinfo``."""
+
+    async def resolve(host, port, **_):
+        addresses = names.get(host, [f"10.0.0.{ord(host[0])}"])
+        if isinstance(addresses, BaseException):
+            raise addresses
+        if isinstance(addresses, float):
+            await asyncio.sleep(addresses)
+            addresses = ["10.1.1.1"]
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (ip, port)) for ip in addresses]
+
+    return resolve
+
+
+@pytest.fixture
+def run(monkeypatch, resolve):
+    """Call a connector on a virtual clock: (result or error, driver, seconds, events).
+
+    ``scout`` says whether something answers now, and None takes for ever to say so.
+    """
+
+    def runner(script, *, connector=None, scout=lambda _: None, **arguments):
         driver = FakeDriver(script)
         monkeypatch.setattr(asyncpg, "connect", driver.connect)
+
+        async def offers_tls(endpoint):
+            answer = scout(endpoint)
+            if answer is None:
+                await asyncio.sleep(1000)
+            if isinstance(answer, BaseException):
+                raise answer
+            return answer
+
+        monkeypatch.setattr(scouts, "offers_tls", offers_tls)
         events: list[object] = []
         connector = connector or Connector(pooler="none")
         connector.observers = [events.append]
@@ -96,10 +159,17 @@ def run(monkeypatch):
                 result = await connector(**given)
             except Exception as error:  # noqa: BLE001
                 result = error
-            return result, driver, loop.time() - started, events
+            seconds = loop.time() - started
+            for _ in range(10):
+                await asyncio.sleep(0)
+            assert asyncio.all_tasks() == {asyncio.current_task()}
+            assert (driver.under_way, driver.kept) == (0, isinstance(result, FakeConnection))
+            return result, driver, seconds, events
 
         def loop_factory():
-            return looptime.patch_event_loop(asyncio.new_event_loop())
+            loop = looptime.patch_event_loop(asyncio.new_event_loop())
+            loop.getaddrinfo = resolve
+            return loop
 
         with asyncio.Runner(loop_factory=loop_factory) as loop:
             return loop.run(main())
@@ -196,7 +266,7 @@ def test_success_after_failures(run) -> None:
 
 
 def test_pauses_grow_and_are_jittered(run, monkeypatch) -> None:
-    """The longest possible pause doubles from 50 ms to 500 ms; each is drawn below it."""
+    """The longest possible pause doubles from 50 ms to 250 ms; each is drawn below it."""
     highest: list[float] = []
 
     def draw(low: float, high: float) -> float:
@@ -207,7 +277,7 @@ def test_pauses_grow_and_are_jittered(run, monkeypatch) -> None:
     monkeypatch.setattr("random.uniform", draw)
     _, driver, *_ = run(lambda n, _: REFUSED if n < 7 else None)
 
-    assert highest == [0.05, 0.1, 0.2, 0.4, 0.5, 0.5]
+    assert highest == [0.05, 0.1, 0.2, 0.25, 0.25, 0.25]
     pauses = [b - a for a, b in zip(driver.times, driver.times[1:], strict=False)]
     assert pauses == pytest.approx(highest)
 
@@ -230,17 +300,299 @@ def test_an_attempt_cut_short_does_not_hide_the_cause(run) -> None:
     assert type(error) is ConnectTimeout
 
 
-def test_addresses_share_the_time(run) -> None:
-    """Two silent hosts of three leave the third its third."""
-    connection, driver, seconds, _ = run(
-        lambda _, arguments: None if arguments["host"] == "c" else 1000.0,
-        timeout=9,
-        host=["a", "b", "c"],
-        port=[1, 1, 1],
+HOSTS = {"host": ["a", "b", "c"], "port": [1, 1, 1]}
+
+
+def test_a_silent_host_is_passed_over(run) -> None:
+    """Two silent hosts of three delay the third by a fraction of a second each, and go on."""
+    connection, driver, seconds, events = run(
+        lambda _, arguments: None if arguments["host"] == "c" else 1000.0, timeout=9, **HOSTS
     )
     assert isinstance(connection, FakeConnection)
     assert [call["host"] for call in driver.calls] == ["a", "b", "c"]
-    assert seconds == pytest.approx(6)
+    assert seconds == pytest.approx(2 * SILENT, abs=0.02)
+    assert events == [ConnectionOpened("c:1", seconds, 3, "none")]
+
+
+def test_a_host_that_has_answered_has_a_fair_share(run) -> None:
+    """It is waking up, or at its limits: the next is tried when the share of the time is over."""
+    connection, driver, seconds, _ = run(
+        lambda _, arguments: None if arguments["host"] == "c" else Held(1000.0), timeout=9, **HOSTS
+    )
+    assert isinstance(connection, FakeConnection)
+    assert driver.times == pytest.approx([0, 3, 6], abs=0.02)
+    assert seconds == pytest.approx(6, abs=0.02)
+
+
+def test_a_silent_host_may_still_win(run) -> None:
+    """It was slow, the next is slower: the first connection counts, the other is cancelled."""
+    connection, driver, seconds, _ = run(
+        lambda _, arguments: 0.5 if arguments["host"] == "a" else 5.0, **HOSTS
+    )
+    assert (connection.arguments["host"], seconds) == ("a", pytest.approx(0.5))
+    assert len(driver.calls) == 2
+
+
+def test_two_at_the_same_moment(run) -> None:
+    """Both are connected in the same turn of the loop: one is kept, one closed."""
+    _, driver, *_ = run(
+        lambda _, arguments: 2.0 if arguments["host"] == "a" else 2.0 - SILENT, **HOSTS
+    )
+    assert driver.kept == 1
+
+
+class TestAName:
+    """One name may have several addresses, and each is tried by itself."""
+
+    @pytest.fixture(autouse=True)
+    def _three(self, names) -> None:
+        names["h"] = ["10.0.0.1", "10.0.0.2", "10.0.0.3"]
+
+    @staticmethod
+    def one_bad(_, arguments):
+        return 1000.0 if arguments["loop"]._endpoint[0] == "10.0.0.1" else None
+
+    def test_a_silent_address_delays_nobody_twice(self, run) -> None:
+        """The first connect passes over it, the next ones begin elsewhere."""
+        connector = Connector(pooler="none")
+        _, first, seconds, _ = run(self.one_bad, connector=connector)
+        assert (first.routes, seconds) == (
+            ["10.0.0.1", "10.0.0.2"],
+            pytest.approx(SILENT, abs=0.02),
+        )
+        connector.reputation._bad_until = dict.fromkeys(connector.reputation._bad_until, 1e9)
+        _, second, seconds, _ = run(self.one_bad, connector=connector)
+        assert (second.routes, seconds) == (["10.0.0.2"], 0)
+
+    def test_the_driver_is_told_the_name(self, run) -> None:
+        """TLS and the password file go by the name."""
+        _, driver, *_ = run(self.one_bad)
+        assert [call["host"] for call in driver.calls] == ["h", "h"]
+
+    def test_a_refusal_moves_on_at_once(self, run) -> None:
+        """All three in one round, with no pause."""
+        _, driver, seconds, _ = run(lambda n, _: REFUSED if n < 3 else None)
+        assert (driver.routes, seconds) == (["10.0.0.1", "10.0.0.2", "10.0.0.3"], 0)
+
+    def test_all_bad(self, run) -> None:
+        """Then all are tried anyway, close together, and the one that is back is found."""
+        connector = Connector(pooler="none")
+        run(lambda *_: 1000.0, connector=connector, timeout=2)
+        connector.reputation._bad_until = dict.fromkeys(connector.reputation._bad_until, 1e9)
+        _, driver, seconds, _ = run(
+            lambda _, arguments: 1000.0 if arguments["loop"]._endpoint[0] != "10.0.0.3" else None,
+            connector=connector,
+        )
+        assert len(driver.calls) == 3
+        assert seconds < SILENT
+
+    def test_forgotten(self, run) -> None:
+        """After a while, and after a success."""
+        connector = Connector(pooler="none")
+
+        def script(n, arguments):
+            return REFUSED if n < 3 else None
+
+        run(script, connector=connector)
+        assert set(connector.reputation._bad_until) == {("10.0.0.1", 1), ("10.0.0.2", 1)}
+        assert max(connector.reputation._bad_until.values()) == pytest.approx(REMEMBERED, abs=0.1)
+        run(lambda _, arguments: REFUSED if arguments["loop"]._endpoint[0] > "10.0.0.2" else None,
+            connector=connector)  # fmt: skip
+        assert ("10.0.0.1", 1) not in connector.reputation._bad_until
+
+    def test_names_that_take_long(self, run, names) -> None:
+        """Of several hosts, one that resolves slowly does not hold up the other."""
+        names["a"] = 1000.0
+        connection, _, seconds, _ = run(
+            lambda _, arguments: None if arguments["host"] == "b" else 1000.0,
+            host=["a", "b"],
+            port=[1, 1],
+        )
+        assert connection.arguments["host"] == "b"
+        assert seconds == pytest.approx(2 * SILENT, abs=0.02)
+
+    def test_a_name_that_is_not_found(self, run, names) -> None:
+        """Each try counts, and the other host is taken."""
+        names["a"] = socket.gaierror(-2, "Name or service not known")
+        error, driver, *_ = run(lambda *_: None, host="a")
+        assert type(error) is HostNotFound
+        assert error.attempts > 10
+        assert driver.calls == []
+        connection, *_ = run(lambda *_: None, host=["a", "b"], port=[1, 1])
+        assert connection.arguments["host"] == "b"
+
+
+class TestABlackHoleAmongOthers:
+    """Waiting for a silent host does not keep the others from being tried again."""
+
+    @pytest.mark.parametrize("silent", ["a", "b"])
+    def test_the_other_gets_ready(self, run, silent) -> None:
+        """It was a standby, or starting, and is the primary now."""
+
+        def script(_, arguments):
+            if arguments["host"] == silent:
+                return 1000.0
+            ready = asyncio.get_running_loop().time() >= 3
+            return None if ready else asyncpg.exceptions.TargetServerAttributeNotMatched("no")
+
+        connection, driver, seconds, _ = run(script, host=["a", "b"], port=[1, 1])
+        assert connection.arguments["host"] != silent
+        assert 3 <= seconds <= 3 + LONGEST_PAUSE
+        assert [call["host"] for call in driver.calls].count(silent) == 1
+
+    def test_the_silent_one_ends(self, run) -> None:
+        """It refuses after all: both are tried in rounds again."""
+
+        def script(n, arguments):
+            return 2.0 if n > 1 and arguments["host"] == "a" else REFUSED if n > 1 else 1.0
+
+        connection, *_ = run(script, host=["a", "b"], port=[1, 1])
+        assert connection.arguments["host"] == "a"
+
+
+class TestASilentServer:
+    """What was sent to it may be lost for good; what is sent now may be answered."""
+
+    def test_it_comes_back(self, run) -> None:
+        """Once a scout is answered, a fresh attempt is made, and the caller soon served."""
+        back = 4.0
+
+        def script(n, _):
+            return None if asyncio.get_running_loop().time() >= back else 1000.0
+
+        def scout(_):
+            return False if asyncio.get_running_loop().time() >= back else None
+
+        _, driver, seconds, _ = run(script, scout=scout)
+        assert back <= seconds <= back + SCOUTING + 0.02
+        assert len(driver.calls) == 2
+
+    def test_it_refuses_and_comes_back(self, run) -> None:
+        """A scout that is refused is one that was not answered."""
+        back = 4.0
+
+        def now_or(otherwise):
+            return None if asyncio.get_running_loop().time() >= back else otherwise
+
+        asked = []
+
+        def scout(_):
+            asked.append(asyncio.get_running_loop().time())
+            return False if now_or(REFUSED) is None else REFUSED
+
+        _, _, seconds, _ = run(lambda *_: now_or(1000.0), scout=scout)
+        assert back <= seconds <= back + SCOUTING + 0.02
+        assert len(asked) <= back / SCOUTING
+
+    def test_a_waking_server_is_left_to_it(self, run) -> None:
+        """It answered and holds the attempt: no scout, no second attempt."""
+
+        def scout(_):
+            raise AssertionError("a scout was sent")
+
+        _, driver, seconds, _ = run(lambda *_: Held(8.0), scout=scout)
+        assert (len(driver.calls), seconds) == (1, pytest.approx(8, abs=0.02))
+
+    def test_a_server_that_holds_without_a_word(self, run) -> None:
+        """Scouts are answered: second attempts stay few, and the held one is not lost."""
+        _, driver, seconds, _ = run(lambda n, _: 8.0 if n == 1 else 1000.0, scout=lambda _: True)
+        assert seconds == pytest.approx(8, abs=0.02)
+        assert driver.most_under_way == 2
+        assert len(driver.calls) <= 5
+        gaps = [b - a for a, b in zip(driver.times[1:], driver.times[2:], strict=False)]
+        assert gaps == sorted(gaps)
+        assert gaps[0] >= SECOND_CHANCE
+
+    def test_one_scout_for_all(self, run, monkeypatch) -> None:
+        """Fifty callers that wait send one scout at a time."""
+        connector = Connector(pooler="none")
+        sent = []
+
+        async def fifty():
+            arguments = {"timeout": 3, "host": "h", "port": 1, "ssl": False}
+            await asyncio.gather(
+                *(connector(**arguments) for _ in range(49)), return_exceptions=True
+            )
+
+        def script(n, _):
+            if n == 1:
+                others.append(asyncio.ensure_future(fifty()))
+            return 1000.0
+
+        others: list = []
+
+        def scout(endpoint):
+            sent.append(endpoint)
+
+        monkeypatch.setattr(connector, "pooler", "none")
+        run(script, connector=connector, scout=scout, timeout=3.01)
+        assert 5 <= len(sent) <= 3 / SCOUTING
+
+    def test_the_second_attempt_fails_for_good(self, run) -> None:
+        """A wrong password is a wrong password, and the patient attempt is given up."""
+        error, driver, *_ = run(
+            lambda n, _: 1000.0 if n == 1 else pg("28P01"), scout=lambda _: False
+        )
+        assert (type(error), len(driver.calls)) == (AuthenticationFailed, 2)
+
+    def test_the_second_attempt_fails_for_now(self, run) -> None:
+        """The server is starting: tried again, beside the patient attempt."""
+        _, driver, seconds, _ = run(
+            lambda n, _: 1000.0 if n == 1 else pg("57P03") if n < 5 else None, scout=lambda _: False
+        )
+        assert len(driver.calls) == 5
+        assert seconds < SILENT + 4 * LONGEST_PAUSE
+
+    def test_a_slow_password_is_not_silence(self, run) -> None:
+        """Nothing has been sent yet."""
+
+        async def ask() -> str:
+            await asyncio.sleep(5)
+            return "x"
+
+        _, driver, seconds, _ = run(lambda *_: None, password=ask, scout=lambda _: True)
+        assert (len(driver.calls), seconds) == (1, 5)
+
+    def test_a_far_server_is_not_silent(self, run) -> None:
+        """Where the last answer took long, more time is given."""
+        connector = Connector(pooler="none")
+        connector.reputation.note_answer(0.4)
+        _, driver, *_ = run(lambda *_: 0.7, connector=connector, scout=lambda _: True)
+        assert len(driver.calls) == 1
+
+
+@pytest.mark.parametrize("turns", range(12))
+def test_cancelled_at_every_turn(monkeypatch, turns) -> None:
+    """Whenever the caller is cancelled, nothing is left: no task, no connection."""
+    driver = FakeDriver(lambda n, _: 1000.0 if n == 1 else 0.0)
+    monkeypatch.setattr(asyncpg, "connect", driver.connect)
+
+    async def answered(_):
+        return True
+
+    monkeypatch.setattr(scouts, "offers_tls", answered)
+
+    async def main() -> None:
+        connector = Connector(pooler="none")
+        call = connector(timeout=10, host=["10.0.0.1", "10.0.0.2"], port=[1, 1], ssl=False)
+        task = asyncio.ensure_future(call)
+        await asyncio.sleep(SILENT)
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        task.cancel()
+        kept = 0
+        with contextlib.suppress(asyncio.CancelledError):
+            kept = not (await task).terminated
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+        assert (driver.under_way, driver.kept) == (0, kept)
+
+    def loop_factory():
+        return looptime.patch_event_loop(asyncio.new_event_loop())
+
+    with asyncio.Runner(loop_factory=loop_factory) as runner:
+        runner.run(main())
 
 
 def test_a_permanent_failure_ends_the_round(run) -> None:

@@ -1,5 +1,7 @@
 """The private names of asyncpg and SQLAlchemy that are leant on: a change makes these fail."""
 
+import asyncio
+import contextlib
 import inspect
 import socket
 
@@ -9,7 +11,8 @@ from sqlalchemy import text
 from sqlalchemy.dialects.postgresql.asyncpg import AsyncAdapt_asyncpg_dbapi
 
 from poolkit import ConfigurationError
-from poolkit.driver import DriverConnection, assignment, milliseconds
+from poolkit.driver import DriverConnection, assignment, is_ours, milliseconds
+from poolkit.testing import FaultProxy
 
 
 async def driver_of(connection) -> DriverConnection:
@@ -104,3 +107,33 @@ def test_no_setting_smuggles_in_sql() -> None:
     """A name is a name."""
     with pytest.raises(ConfigurationError):
         assignment("a = 1; DROP TABLE x; --", "1")
+
+
+async def test_a_close_is_bounded_while_a_cancel_request_hangs(server, make_engine) -> None:
+    """asyncpg 0.31 waits for the request first, for as long as it takes."""
+    async with FaultProxy(server) as proxy:
+        engine = make_engine(settings={"url": proxy.url})
+        connection = await engine.connect()
+        driver = await driver_of(connection)
+        running = asyncio.ensure_future(connection.execute(text("SELECT pg_sleep(20)")))
+        await proxy.seen("SELECT pg_sleep")
+        proxy.silence()
+        proxy.freeze()
+        running.cancel()
+        async with asyncio.timeout(10):
+            await asyncio.wait({running})
+            with contextlib.suppress(TimeoutError):
+                await driver.close(timeout=0.2)
+            assert driver.is_closed()
+            await connection.close()
+        proxy.reset()
+
+
+async def test_a_connection_of_somebody_elses_is_not_ours(server, engine) -> None:
+    """asyncpg says of each of its connections that it is an instance of any class of its own."""
+    theirs = await asyncpg.connect(server.url)
+    assert isinstance(theirs, DriverConnection)
+    assert not is_ours(theirs)
+    await theirs.close()
+    async with engine.connect() as connection:
+        assert is_ours(await driver_of(connection))

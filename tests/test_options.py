@@ -43,6 +43,7 @@ def test_the_defaults() -> None:
         "pool_max_waiting": None,
         "pool_overload_after": 1.0,
         "pool_max_connecting": 4,
+        "pool_connect_timeout": 10.0,
         "pool_recycle_jitter": 0.1,
         "pool_idle_timeout": 600.0,
         "pool_min_idle": 0,

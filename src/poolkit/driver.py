@@ -5,18 +5,19 @@ fails where it changes:
 
 - ``asyncpg.Connection.__init__`` is handed the transport;
 - ``_config.command_timeout`` is what an operation without a timeout of its own waits for;
-- asyncpg's ``Transaction`` sends ``BEGIN`` through ``Connection.execute``.
+- asyncpg's ``Transaction`` sends ``BEGIN`` and ``COMMIT`` through ``Connection.execute``.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import re
 import socket
 import ssl
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import asyncpg
 
@@ -25,6 +26,9 @@ from poolkit.parameters import Keepalive
 
 BACKSTOP_MARGIN = 1.0
 """Seconds that the client waits beyond the server's limit before it takes the network for dead."""
+
+CLOSE_TIMEOUT = 2.0
+"""Seconds that a peer has to acknowledge a close, before its socket is dropped."""
 
 MET_WITHOUT_TRANSACTION = frozenset({"statement_timeout", "idle_in_transaction_session_timeout"})
 """In AUTOCOMMIT the client enforces the one, and the other has nothing to act on."""
@@ -53,6 +57,7 @@ class DriverConnection(asyncpg.Connection):
         self._transaction_settings: dict[str, str] = {}
         self._session_backstop: float | None = self._config.command_timeout
         self._next_limit: float | None = None
+        self._checks_commit = False
 
     @property
     def ssl_object(self) -> ssl.SSLObject | None:
@@ -99,11 +104,41 @@ class DriverConnection(asyncpg.Connection):
         if self._config.command_timeout != seconds:
             self._config = self._config._replace(command_timeout=seconds)
 
+    def check_next_commit(self) -> None:
+        """Have this transaction's COMMIT fail where the server answers that it rolled back."""
+        self._checks_commit = True
+
+    async def close(self, *, timeout: float | None = None) -> None:
+        """As asyncpg's, and always bounded.
+
+        asyncpg 0.31 does not count in what it waits for while a cancel request is under way.
+
+        Args:
+            timeout: Seconds that the peer has; None is ``CLOSE_TIMEOUT``.
+        """
+        try:
+            async with asyncio.timeout(CLOSE_TIMEOUT if timeout is None else timeout):
+                await super().close(timeout=timeout)
+        except BaseException:
+            self.terminate()
+            self._network.abort()  # on asyncpg 0.31 a close under way keeps terminate() from it
+            raise
+
     async def execute(self, query: str, *args: Any, timeout: float | None = None) -> str:
-        """As asyncpg's; a BEGIN carries the transaction's settings with it."""
+        """As asyncpg's; a BEGIN carries the transaction's settings with it.
+
+        Raises:
+            asyncpg.InFailedSQLTransactionError: COMMIT is checked, and nothing was committed.
+        """
         if not args and query.startswith("BEGIN"):
+            self._checks_commit = False
             query += self._settings_for_begin()
-        return await super().execute(query, *args, timeout=timeout)
+        status = await super().execute(query, *args, timeout=timeout)
+        if self._checks_commit and query.startswith("COMMIT"):
+            self._checks_commit = False
+            if status == "ROLLBACK":
+                raise _aborted()
+        return status
 
     def _settings_for_begin(self) -> str:
         limit, self._next_limit = self._next_limit, None
@@ -112,6 +147,20 @@ class DriverConnection(asyncpg.Connection):
         if limit is not None:
             settings = settings | {"statement_timeout": milliseconds(limit)}
         return "".join(f" SET LOCAL {assignment(k, v)};" for k, v in settings.items())
+
+
+def is_ours(connection: Any) -> TypeGuard[DriverConnection]:
+    """Whether poolkit made a driver's connection.
+
+    Not by ``isinstance``: asyncpg takes each of its connections for one of any class of its own.
+    """
+    return issubclass(type(connection), DriverConnection)
+
+
+def _aborted() -> asyncpg.InFailedSQLTransactionError:
+    error = asyncpg.InFailedSQLTransactionError("the server answered ROLLBACK to COMMIT")
+    error.severity_en = "ERROR"  # as of an error that it sent: its session goes on
+    return error
 
 
 def autocommit_refused(names: Iterable[str]) -> ConfigurationError:

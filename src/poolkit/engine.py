@@ -11,7 +11,7 @@ from sqlalchemy.engine import URL
 from sqlalchemy.ext import asyncio as sqlalchemy_asyncio
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from poolkit import timeouts
+from poolkit import timeouts, translation
 from poolkit.errors import ConfigurationError
 from poolkit.events import Observer
 from poolkit.options import Password, engine_options
@@ -58,6 +58,7 @@ def create_async_engine(
     )
     engine = sqlalchemy_asyncio.create_async_engine(made.url, **made.kwargs)
     timeouts.install(engine.sync_engine)
+    translation.install(engine.sync_engine, made.kwargs["connect_args"])
     return engine
 
 

@@ -9,7 +9,8 @@ import socket
 import ssl
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from enum import StrEnum
+from typing import Any, Self
 
 from sqlalchemy import exc as sa_exc
 
@@ -20,24 +21,47 @@ __all__ = [
     "ConnectError",
     "ConnectRefused",
     "ConnectTimeout",
+    "ConnectionLost",
     "DatabaseNotFound",
+    "DeadlineExceeded",
+    "DeadlockDetected",
+    "Failure",
     "HostNotFound",
+    "IdleInTransactionTimeout",
+    "Interrupted",
+    "LockTimeout",
     "PasswordUnavailable",
     "PoolDraining",
     "PoolOverloaded",
     "PoolTimeout",
+    "ReadOnlyServer",
+    "SerializationFailure",
     "ServerNotReady",
     "ServerUnreachable",
+    "StalePlan",
     "StartupParameterRefused",
     "StatementTimeout",
     "TLSRefused",
     "TooManyConnections",
+    "TransactionAborted",
+    "TransactionTimeout",
     "WrongEventLoop",
 ]
 
 
 class ConfigurationError(sa_exc.ArgumentError, ValueError):
     """A setting, URL or argument cannot be honoured; the message names it and the remedy."""
+
+
+class Outcome(StrEnum):
+    """What became of the work."""
+
+    NOT_SENT = "not_sent"
+    """Nothing reached the server."""
+    ROLLED_BACK = "rolled_back"
+    """Nothing of it is left."""
+    UNKNOWN = "unknown"
+    """It may have taken effect or not: only a look at the data tells."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,24 +206,140 @@ class StartupParameterRefused(ConnectError):
     )
 
 
-class StatementTimeout(sa_exc.OperationalError, TimeoutError):
+class Failure(sa_exc.DBAPIError):
+    """What was under way failed. The base of all below that have a statement, or a COMMIT.
+
+    Attributes:
+        outcome: What became of the work.
+        connection_invalidated: Whether the connection was discarded.
+        orig: The last cause, as the driver or the operating system raised it.
+    """
+
+    code = ""  # the message says it all: no link to SQLAlchemy's page on generic errors
+    hint = ""
+    outcome: Outcome = Outcome.UNKNOWN
+
+    def explained(self, text: str, outcome: Outcome | None = None) -> Self:
+        """The same error, saying ``text`` instead of the driver's words."""
+        self.args = (f"{text}. {self.hint}" if self.hint else text,)
+        if outcome is not None:
+            self.outcome = outcome
+        return self
+
+    @property
+    def sqlstate(self) -> str | None:
+        """The server's SQLSTATE, or None where no server answered."""
+        kept: str | None = vars(self).get("_sqlstate")
+        return kept or find_sqlstate(self.orig)
+
+    def __reduce__(self) -> Any:
+        reduced: Any = super().__reduce__()
+        rebuild, arguments, state = reduced
+        kept = {"args": self.args, "outcome": self.outcome, "_sqlstate": self.sqlstate}
+        return rebuild, arguments, state | kept
+
+
+class StatementTimeout(Failure, sa_exc.OperationalError, TimeoutError):
     """A statement ran longer than it may: the server ended it, or we stopped waiting.
 
     ``connection_invalidated`` tells which: False, the server ended it in time (57014) and the
     connection is kept; True, the server never answered and the connection was discarded.
     """
 
-    code = ""
+    hint = (
+        "The limit is DATABASE_STATEMENT_TIMEOUT, or"
+        " execution_options(statement_timeout=...) for this one"
+    )
 
-    def explained(self, text: str) -> StatementTimeout:
-        """The same error, saying ``text`` instead of the driver's words."""
-        self.args = (text,)
-        return self
 
-    @property
-    def sqlstate(self) -> str | None:
-        """``57014`` if the server ended the statement, None if it never answered."""
-        return find_sqlstate(self.orig)
+class LockTimeout(Failure, sa_exc.OperationalError):
+    """A lock was not to be had in ``lock_timeout``, or at once with NOWAIT (55P03)."""
+
+    hint = "Roll back and run the transaction again; the limit is DATABASE_LOCK_TIMEOUT"
+
+
+class DeadlockDetected(Failure, sa_exc.OperationalError):
+    """Two transactions waited for each other, and the server ended this one (40P01)."""
+
+    hint = "Roll back and run the transaction again; lock rows in the same order everywhere"
+
+
+class SerializationFailure(Failure, sa_exc.OperationalError):
+    """A concurrent transaction is in the way of REPEATABLE READ or SERIALIZABLE (40001)."""
+
+    hint = "Roll back and run the transaction again, with the reads that it rests on"
+
+
+class StalePlan(Failure, sa_exc.NotSupportedError):
+    """A table changed under a prepared statement, as by a migration; the next time it is new."""
+
+    hint = "Roll back and run the transaction again: its statements are then prepared anew"
+
+
+class ReadOnlyServer(Failure, sa_exc.OperationalError):
+    """The server or the transaction is read-only (25006).
+
+    ``connection_invalidated`` tells which: True, nobody asked for that, so that a failover has
+    left the pool at a standby, and no connection from before is used any more; False, the
+    transaction was asked to be read-only.
+    """
+
+
+class ConnectionLost(
+    Failure,
+    sa_exc.OperationalError,
+    sa_exc.InternalError,
+    sa_exc.InterfaceError,
+    ConnectionError,
+):
+    """The connection was closed, reset or ended by the server while it was in use."""
+
+    hint = "The connection was discarded; the pool checks the others before it uses them"
+
+
+class IdleInTransactionTimeout(ConnectionLost):
+    """A transaction stood idle for too long, and the server ended the session (25P03)."""
+
+    hint = (
+        "Do slow work outside of the transaction; the limit is DATABASE_IDLE_IN_TRANSACTION_TIMEOUT"
+    )
+
+
+class TransactionTimeout(ConnectionLost, TimeoutError):
+    """A transaction took longer than it may, and the server ended the session (25P04)."""
+
+    hint = "The limit is the server's transaction_timeout"
+
+
+class TransactionAborted(Failure, sa_exc.InternalError):
+    """The work returned, but the server had aborted its transaction: nothing is committed.
+
+    A statement failed and the work went on. SQLAlchemy and asyncpg report such a COMMIT as done.
+    """
+
+    hint = "Let the error out, or run the statement that may fail in begin_nested()"
+    outcome = Outcome.ROLLED_BACK
+
+
+class DeadlineExceeded(Failure, sa_exc.OperationalError, TimeoutError):
+    """The deadline of ``run_in_transaction`` struck before COMMIT: nothing is committed."""
+
+    hint = "Give a longer deadline=, or None for no limit"
+    outcome = Outcome.ROLLED_BACK
+
+
+class Interrupted(sa_exc.SQLAlchemyError):
+    """The cause of a cancellation that hit the database: what became of the work.
+
+    A cancellation must stay what it is; this is chained to it as its ``__cause__``.
+    """
+
+    def __init__(self, message: str, outcome: Outcome) -> None:
+        super().__init__(message)
+        self.outcome = outcome
+
+    def __reduce__(self) -> Any:
+        return (type(self), (self.args[0], self.outcome))
 
 
 class PoolTimeout(sa_exc.TimeoutError):

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
+from poolkit.faults import FaultKind
+
 _log = logging.getLogger("poolkit.events")
 
 
@@ -187,6 +189,23 @@ class OverloadEnded(Event):
     """
 
     lasted: float
+
+
+@dataclass(frozen=True, slots=True)
+class TransactionRetried(Event):
+    """``run_in_transaction`` does the work again after a fault.
+
+    Attributes:
+        attempt: The attempt that failed; the first is 1.
+        pause: Seconds until the next one begins.
+        kind: What went wrong.
+        error: What was raised.
+    """
+
+    attempt: int
+    pause: float
+    kind: FaultKind
+    error: Exception
 
 
 class Observer(Protocol):

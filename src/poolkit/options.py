@@ -108,7 +108,8 @@ def engine_options(
             observers=watching,
         ),
     )
-    defaults = _engine_defaults(settings) | _pool_defaults(settings, engine_kwargs, watching)
+    pool = _pool_defaults(settings, engine_kwargs, connect_args.get("timeout"), watching)
+    defaults = _engine_defaults(settings) | pool
     return EngineOptions(
         url.sqlalchemy(), defaults | engine_kwargs | {"connect_args": connect_args}
     )
@@ -239,7 +240,10 @@ def _engine_defaults(settings: DatabaseSettings) -> dict[str, Any]:
 
 
 def _pool_defaults(
-    settings: DatabaseSettings, own: Mapping[str, Any], observers: list[Observer]
+    settings: DatabaseSettings,
+    own: Mapping[str, Any],
+    connect_timeout: float | None,
+    observers: list[Observer],
 ) -> dict[str, Any]:
     """What the settings say of the pool, as far as the pool in use takes it."""
     if own.get("pool") is not None:
@@ -255,6 +259,7 @@ def _pool_defaults(
         "pool_max_waiting": settings.pool_max_waiting,
         "pool_overload_after": settings.pool_overload_after,
         "pool_max_connecting": settings.pool_max_connecting,
+        "pool_connect_timeout": connect_timeout or 0.0,
         "pool_recycle_jitter": settings.pool_recycle_jitter,
         "pool_idle_timeout": settings.pool_idle_timeout,
         "pool_min_idle": settings.pool_min_idle,

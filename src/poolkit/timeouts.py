@@ -1,4 +1,4 @@
-"""Statement timeouts: one error for both ends, and limits for single statements.
+"""Statement timeouts: limits for single statements, at both ends.
 
 The server's ``statement_timeout`` comes first and keeps the connection; the client's stands
 ``BACKSTOP_MARGIN`` above it, for the case that the server can no longer be heard.
@@ -10,34 +10,24 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import asyncpg
 from sqlalchemy import Engine, event
 from sqlalchemy.engine import ExceptionContext
 
-from poolkit.driver import DriverConnection, autocommit_refused, milliseconds
-from poolkit.errors import (
-    ConfigurationError,
-    ConnectError,
-    StatementTimeout,
-    causes,
-    describe,
-    find_sqlstate,
-)
+from poolkit.driver import DriverConnection, autocommit_refused, is_ours, milliseconds
+from poolkit.errors import ConfigurationError
 
 OPTION = "statement_timeout"
 """The execution option: seconds, of a statement, a connection or an engine; 0 or None is off."""
 
-_CANCELED = "57014"
 _UNKNOWN = math.nan  # differs from every limit, so that the next statement sets its own
 _SET = "SELECT set_config('statement_timeout', $1, $2)"
 
 
 def install(engine: Engine) -> None:
-    """Have the engine honour the option and raise ``StatementTimeout``."""
+    """Have the engine honour the option."""
     event.listen(engine, "do_execute", _do_execute)
     event.listen(engine, "do_executemany", _do_executemany)
     event.listen(engine, "do_execute_no_params", _do_execute_no_params)
-    event.listen(engine, "handle_error", _translate)
 
 
 def _do_execute(cursor: Any, statement: str, parameters: Any, context: Any) -> bool:
@@ -75,7 +65,7 @@ def _do_execute_no_params(cursor: Any, statement: str, context: Any) -> bool:
 
 def _has_nothing_to_do(context: Any) -> bool:
     driver = context.root_connection.connection.driver_connection
-    return not isinstance(driver, DriverConnection) or (
+    return not is_ours(driver) or (
         driver.limit == driver.session_limit
         and OPTION not in context.execution_options
         and not driver.needs_transaction
@@ -170,41 +160,13 @@ def _seconds(options: Any, driver: DriverConnection) -> float:
     return float(value)
 
 
-def _translate(context: ExceptionContext) -> StatementTimeout | None:
-    error = context.original_exception
-    if isinstance(error, ConnectError):
-        return None
-    if any(isinstance(cause, asyncpg.InternalClientError) for cause in causes(error)):
-        # The driver has lost track of the protocol, as after a backend was killed.
-        context.is_disconnect = True
-        return None
-    if find_sqlstate(error) == _CANCELED:
-        text = f"the server ended the statement: {describe(error)}{_limit_in_force(context)}"
-    elif isinstance(error, TimeoutError) and error.errno is None:
-        text = "the server did not answer in time, and the connection was discarded"
-    else:
-        return None
-    wrapped = context.sqlalchemy_exception
-    timeout = StatementTimeout(
-        context.statement,
-        context.parameters,
-        error,
-        hide_parameters=getattr(context.engine, "hide_parameters", False),
-        connection_invalidated=context.is_disconnect,
-        ismulti=wrapped.ismulti if wrapped is not None else None,
-    )
-    return timeout.explained(
-        f"{text}. The limit is DATABASE_STATEMENT_TIMEOUT, or"
-        " execution_options(statement_timeout=...) for this one"
-    )
-
-
-def _limit_in_force(context: ExceptionContext) -> str:
+def limit_in_force(context: ExceptionContext) -> str:
+    """For a timeout's message: the limit that was exceeded, or nothing where none is known."""
     connection = context.connection
     if connection is None or connection.closed or connection.invalidated:
         return ""
     driver = connection.connection.driver_connection
-    if not isinstance(driver, DriverConnection):
+    if not is_ours(driver):
         return ""
     execution = context.execution_context
     limit = _seconds(execution.execution_options, driver) if execution else driver.limit

@@ -24,6 +24,7 @@ PAGES = [*sorted(ROOT.glob("*.md")), *sorted(DOCS.rglob("*.md"))]
 EXAMPLES = sorted((DOCS / "examples").glob("*.py"))
 
 NEEDS = {"fastapi_app.py": ("fastapi", "httpx"), "test_orders.py": ("pytest_asyncio",)}
+NEEDS |= {"test_faults.py": ("pytest_asyncio",)}
 EXTRA_ENVIRONMENT = {"first_engine.py": {"DATABASE_STATEMENT_TIMEOUT": "1"}}
 NOT_OURS = {
     "DATABASE_CONNECTION_POOL_URL",

@@ -339,6 +339,61 @@ async def test_a_queue_that_stands_but_moves_stays_first_come_first_served(serve
     assert not [e for e in events if isinstance(e, OverloadBegan)]
 
 
+async def worst_wait_of_steady_workers(pool, many, disturb):
+    """So many workers with 10 ms of work each, again and again for ten seconds."""
+    loop, waits = asyncio.get_running_loop(), []
+    ends = loop.time() + 10
+
+    async def work():
+        while loop.time() < ends:
+            asked = loop.time()
+            proxy = await greenlet_spawn(pool.connect)
+            waits.append(loop.time() - asked)
+            await asyncio.sleep(0.01 + stalled[0])
+            await greenlet_spawn(proxy.close)
+
+    stalled = [0.0]
+    workers = [asyncio.ensure_future(work()) for _ in range(many)]
+    await asyncio.sleep(2)
+    await disturb(stalled)
+    await asyncio.gather(*workers)
+    return max(waits)
+
+
+@on_fakes
+async def test_one_impatient_caller_does_not_starve_steady_workers(server):
+    """Its patience is not theirs: the first in line shows that, and is served."""
+    pool = make_pool(server, pool_size=5, timeout=None)
+
+    async def disturb(_):
+        for _ in range(10):
+            (hasty,) = await callers(pool, 1)
+            while not hasty.holds:
+                await asyncio.sleep(0.001)
+            await asyncio.sleep(0.05)
+            hasty.cancel()
+
+    assert await worst_wait_of_steady_workers(pool, 60, disturb) < 0.5
+    await greenlet_spawn(pool.dispose)
+
+
+@on_fakes
+async def test_a_hitch_does_not_starve_steady_workers(server):
+    """After it the queue is as long as before, and nobody leaves: the old are served again."""
+    events = []
+    pool = make_pool(server, pool_size=5, timeout=None, observers=[events.append])
+
+    async def disturb(stalled):
+        stalled[0] = 1.5
+        await asyncio.sleep(1)
+        stalled[0] = 0.0
+
+    assert await worst_wait_of_steady_workers(pool, 20, disturb) < 4
+    overload = [type(e) for e in events if isinstance(e, OverloadBegan | OverloadEnded)]
+    assert overload == [OverloadBegan, OverloadEnded]
+    await greenlet_spawn(pool.dispose)
+
+
 @on_fakes
 async def test_overload_can_be_turned_off(server):
     pool = make_pool(server, timeout=None, pool_overload_after=0)
@@ -775,6 +830,7 @@ async def test_dispose_keeps_all_settings(server):
         "recycle": 11.0, "pool_recycle_jitter": 0.3, "pool_idle_timeout": 12.0, "pool_min_idle": 1,
         "pool_keepalive": 13.0, "pool_ping_idle": 14.0, "pool_ping_timeout": 15.0,
         "pool_max_waiting": 16, "pool_overload_after": 17.0, "pool_max_connecting": 18,
+        "pool_connect_timeout": 18.5,
         "leak_threshold": 19.0, "observers": [print], "echo": False, "logging_name": "mine",
         "reset_on_return": "commit",
     }  # fmt: skip

@@ -435,3 +435,13 @@ async def test_warm_up(make, server) -> None:
     failed = await warm_up(bad)
     assert (failed.opened, len(failed.failures)) == (0, 2)
     await bad.dispose()
+
+
+async def test_a_drain_of_somebody_elses_connections(server) -> None:
+    """Their sessions are not ended by another one: nobody knows what stands in between."""
+    url = server.url.replace("postgresql://", "postgresql+asyncpg://")
+    theirs = sqlalchemys_own(url, poolclass=HandoffPool)
+    holding = await theirs.connect()
+    report = await drain(theirs, timeout=0)
+    assert (report.terminated, report.closed) == (1, 0)
+    await holding.close()

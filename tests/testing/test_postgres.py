@@ -21,7 +21,14 @@ from typing import Any
 import asyncpg
 import pytest
 
-from poolkit.testing import PostgresServer, PostgresServerError, _binaries, _cluster, postgres
+from poolkit.testing import (
+    PostgresServer,
+    PostgresServerError,
+    _binaries,
+    _cluster,
+    postgres,
+    standby,
+)
 from poolkit.testing._binaries import find_binaries
 from poolkit.testing._certificates import make_certificates
 
@@ -595,3 +602,49 @@ class TestPlaces:
                 assert server.data_dir.parent in server.bin_dir.parents
         finally:
             os.umask(before)
+
+
+async def test_a_server_can_be_made_read_only(shared):
+    """Sessions that are there and new ones refuse to write, and write again."""
+    before = await asyncpg.connect(shared.url)
+    await before.execute("CREATE TEMP TABLE t (x int)")
+    try:
+        shared.set_read_only()
+        for session in (before, await asyncpg.connect(shared.url)):
+            with pytest.raises(asyncpg.ReadOnlySQLTransactionError):
+                await session.execute("CREATE TABLE refused (x int)")
+    finally:
+        shared.set_read_only(False)
+        await session.close()
+    await before.execute("CREATE TABLE allowed (x int); DROP TABLE allowed")
+    await before.close()
+
+
+@pytest.mark.parametrize("tls", [False, True])
+async def test_a_standby_follows_and_is_promoted(version, tls):
+    """It has the primary's data, refuses writes, survives the primary, and then takes writes."""
+    find_or_skip(version=version, tls=tls)
+    async with postgres(version=version, tls=tls) as primary, standby(primary) as second:
+        assert (second.version, second.port) != (primary.version, primary.port)
+        first = await asyncpg.connect(primary.url)
+        await first.execute("CREATE TABLE t (x int); INSERT INTO t VALUES (7)")
+        position = await first.fetchval("SELECT pg_current_wal_lsn()")
+        await first.close()
+        session = await asyncpg.connect(second.url, ssl="require" if tls else "prefer")
+        while await session.fetchval("SELECT pg_last_wal_replay_lsn() < $1::pg_lsn", position):
+            await asyncio.sleep(0.01)
+        assert await session.fetchval("SELECT x FROM t") == 7
+        with pytest.raises(asyncpg.ReadOnlySQLTransactionError):
+            await session.execute("INSERT INTO t VALUES (8)")
+
+        await asyncio.to_thread(primary.stop, "immediate")
+        second.promote()
+        await session.execute("INSERT INTO t VALUES (8)")
+        assert await session.fetchval("SELECT count(*) FROM t") == 2
+        await session.close()
+
+
+def test_a_standby_needs_a_server_of_ours(shared):
+    """One that was given by URL cannot be copied."""
+    with postgres(url=shared.url) as given, pytest.raises(PostgresServerError, match="url="):
+        standby(given).__enter__()

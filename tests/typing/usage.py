@@ -4,17 +4,28 @@ from collections.abc import Awaitable, Callable
 from typing import assert_type
 
 from sqlalchemy import URL, text
-from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.ext.asyncio import (
+    AsyncConnection,
+    AsyncEngine,
+    AsyncSession,
+    async_sessionmaker,
+)
 from sqlalchemy.pool import NullPool
 
 from poolkit import (
     ConnectError,
+    ConnectionLost,
     ConnectTimeout,
     DatabaseSettings,
     Event,
+    Fault,
+    FaultKind,
+    Outcome,
     StatementTimeout,
+    classify,
     create_async_engine,
     engine_options,
+    run_in_transaction,
 )
 from poolkit.testing import PostgresServer, postgres
 
@@ -57,3 +68,63 @@ async def run() -> None:
             assert_type(error.elapsed, float)
         except ConnectError as error:
             assert_type((error.address, error.attempts), tuple[str, int])
+
+
+engine = create_async_engine()
+sessions = async_sessionmaker(engine)
+
+
+class OwnSession(AsyncSession):
+    """Of an application."""
+
+
+def get_engine() -> AsyncEngine:
+    """For an application that makes it later."""
+    return engine
+
+
+async def count(connection: AsyncConnection, table: str = "t") -> int:
+    """A unit of work."""
+    found: int = await connection.scalar(text(f"SELECT count(*) FROM {table}"))
+    return found
+
+
+async def name(session: OwnSession) -> str:
+    """A unit of work on a session of one's own."""
+    return str(await session.scalar(text("SELECT 'name'")))
+
+
+@run_in_transaction(engine, attempts=3, isolation_level="SERIALIZABLE")
+async def decorated(connection: AsyncConnection, a: int, *, b: str = "") -> float:
+    """Called without the connection."""
+    await connection.execute(text("SELECT 1"))
+    return a + len(b)
+
+
+@run_in_transaction(lambda: sessions, deadline=None)
+async def with_session(session: AsyncSession) -> None:
+    """The session maker may come later."""
+    await session.execute(text("SELECT 1"))
+
+
+async def run_transactions() -> None:
+    """The work's type is kept; what does not fit is an error."""
+    assert_type(await run_in_transaction(engine, count), int)
+    assert_type(await run_in_transaction(get_engine, lambda c: count(c, "u")), int)
+    assert_type(await run_in_transaction(async_sessionmaker(class_=OwnSession), name), str)
+    assert_type(await decorated(1, b="x"), float)
+    await with_session()
+    await decorated("1")  # type: ignore[arg-type]
+    await run_in_transaction(engine, count, tries=3)  # type: ignore[call-overload]
+    await run_in_transaction(sessions, count)  # type: ignore[arg-type]
+
+
+def explain(error: BaseException) -> str:
+    """Any exception is read; what is found is typed."""
+    fault = classify(error)
+    assert_type(fault, Fault)
+    assert_type((fault.kind, fault.outcome), tuple[FaultKind, Outcome])
+    assert_type((fault.retryable, fault.http_status), tuple[bool, int])
+    if isinstance(error, ConnectionLost):
+        assert_type((error.outcome, error.sqlstate), tuple[Outcome, str | None])
+    return fault.kind

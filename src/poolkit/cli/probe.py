@@ -13,7 +13,7 @@ from typing import Any
 from sqlalchemy import Row, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from poolkit.driver import DriverConnection
+from poolkit.driver import DriverConnection, is_ours
 from poolkit.engine import create_async_engine
 from poolkit.events import ConnectionOpened, Event
 from poolkit.parameters import parse_duration
@@ -170,7 +170,7 @@ async def _look_around(
     connection: AsyncConnection, opened: ConnectionOpened, settings: DatabaseSettings
 ) -> Found:
     driver = (await connection.get_raw_connection()).driver_connection
-    assert isinstance(driver, DriverConnection)
+    assert is_ours(driver)
     round_trip = await _round_trip(driver)
     server = (await connection.execute(_SERVER)).one()
     return Found(

@@ -17,11 +17,12 @@ from sqlalchemy.util import await_only
 from sqlalchemy.util.concurrency import in_greenlet
 
 from poolkit import events
+from poolkit.driver import CLOSE_TIMEOUT
 from poolkit.errors import WrongEventLoop
 from poolkit.events import CloseReason, Event, Observer, notify
 from poolkit.pool.connects import Connects
 from poolkit.pool.queue import WaitQueue
-from poolkit.pool.record import CLOSE_TIMEOUT, PooledRecord
+from poolkit.pool.record import PooledRecord
 from poolkit.pool.stats import Counters, PoolStats, frozen
 
 
@@ -67,6 +68,7 @@ class PoolBase(Pool):
         pool_max_waiting: int | None = None,
         pool_overload_after: float = 1.0,
         pool_max_connecting: int = 4,
+        pool_connect_timeout: float = 0.0,
         leak_threshold: float = 0.0,
         observers: list[Observer] | None = None,
         **kwargs: Any,
@@ -87,6 +89,7 @@ class PoolBase(Pool):
         self._max_waiting = pool_max_waiting
         self._overload_after = pool_overload_after
         self._max_connecting = pool_max_connecting
+        self._connect_timeout = pool_connect_timeout
         self.leak_threshold = leak_threshold
         self.observers: list[Observer] = [] if observers is None else observers
         self.counters = Counters()
@@ -161,6 +164,7 @@ class PoolBase(Pool):
             pool_max_waiting=self._max_waiting,
             pool_overload_after=self._overload_after,
             pool_max_connecting=self._max_connecting,
+            pool_connect_timeout=self._connect_timeout,
             leak_threshold=self.leak_threshold,
             observers=self.observers,
             echo=self.echo,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy.util import greenlet_spawn
 
-from poolkit.errors import PoolTimeout
+from poolkit.errors import Attempt, ConnectTimeout, PoolTimeout
 from poolkit.pool import keeper
 from poolkit.pool.circuit import Circuit
 
@@ -18,7 +18,10 @@ if TYPE_CHECKING:
     from poolkit.pool.queue import Waiter
     from poolkit.pool.record import PooledRecord
 
-Attempt = asyncio.Task["BaseException | None"]
+MARGIN = 0.25
+"""Seconds that the creator has beyond the bound, to end a connect with an error that says more."""
+
+Task = asyncio.Task["BaseException | None"]
 
 
 class Opening:
@@ -86,7 +89,7 @@ class Connects:
         while len(self.under_way) < len(self._pool._queue) and self.may_begin():
             self.begin(self._first_without())
 
-    def begin(self, owner: Waiter | None, *, probes: bool = False) -> Attempt:
+    def begin(self, owner: Waiter | None, *, probes: bool = False) -> Task:
         """Start one; its result is the error, if any."""
         pool = self._pool
         opening = Opening(pool.now(), owner, probes=probes)
@@ -98,7 +101,7 @@ class Connects:
     async def reach(self, wanted: int) -> list[BaseException | None]:
         """Open connections until so many are there; for each an error, or None."""
         pool = self._pool
-        attempts: list[Attempt] = []
+        attempts: list[Task] = []
         while pool._total() + _failures(attempts) < wanted and not pool._draining:
             if self.may_begin():
                 attempts.append(self.begin(None))
@@ -116,6 +119,24 @@ class Connects:
             return
         while pool.checkedin() + len(self.under_way) < pool.min_idle and self.may_begin():
             self.begin(None)
+
+    async def make(self) -> PooledRecord:
+        """A connection of the pool's, ready for use.
+
+        Raises:
+            ConnectTimeout: It was made, and what SQLAlchemy asks on an engine's first connection
+                was not answered in time; a connect that takes too long is the creator's to end.
+        """
+        pool = self._pool
+        began, bound = pool.now(), pool._connect_timeout
+        try:
+            async with asyncio.timeout(bound + MARGIN if bound else None) as clock:
+                record: PooledRecord = await greenlet_spawn(pool._create_connection)
+        except TimeoutError as error:
+            if not clock.expired():
+                raise  # the creator's own
+            raise ConnectTimeout(Attempt("the server", 1, pool.now() - began), error) from error
+        return record
 
     def take_over_spare(self, waiter: Waiter) -> bool:
         """Have one that nobody waits for any more count as this caller's; tells if one is."""
@@ -149,7 +170,7 @@ class Connects:
         pool = self._pool
         generation = pool._generation
         try:
-            record = await greenlet_spawn(pool._create_connection)
+            record = await self.make()
         except BaseException as error:
             self.circuit.note_failure(error, pool.now() - opening.began, pool.now())
             self._failed(opening, error)
@@ -259,5 +280,5 @@ def _probe(reference: weakref.ref[Connects]) -> None:
         connects.probe()
 
 
-def _failures(attempts: list[Attempt]) -> int:
+def _failures(attempts: list[Task]) -> int:
     return sum(task.done() and (task.cancelled() or task.result() is not None) for task in attempts)

@@ -10,16 +10,17 @@ import time
 import weakref
 
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
-from sqlalchemy.util import await_only, greenlet_spawn
+from sqlalchemy.util import await_only
 
 from poolkit import events
+from poolkit.driver import CLOSE_TIMEOUT
 from poolkit.errors import PoolDraining, PoolOverloaded, PoolTimeout, describe
 from poolkit.events import CloseReason
 from poolkit.pool import keeper, liveness
 from poolkit.pool.base import PoolBase
 from poolkit.pool.connects import Connects
 from poolkit.pool.queue import Waiter
-from poolkit.pool.record import CLOSE_TIMEOUT, PooledRecord
+from poolkit.pool.record import PooledRecord
 
 _running_loop = asyncio._get_running_loop
 _log = logging.getLogger("poolkit.pool")
@@ -52,6 +53,8 @@ class HandoffPool(PoolBase):
         pool_overload_after: Wait of the first in line after which the newest are served first
             until the queue is empty; sooner where callers give up sooner. 0 is never.
         pool_max_connecting: Connects under way at once.
+        pool_connect_timeout: Time until a new connection is ready, what SQLAlchemy asks on an
+            engine's first one included; 0 is off.
         leak_threshold: Use after which a connection's holder is reported; 0 is off.
         observers: Told of every event; shared with the engine, not copied.
         kwargs: ``sqlalchemy.pool.Pool``'s own arguments.
@@ -376,6 +379,8 @@ class HandoffPool(PoolBase):
             self.counters.overloads += 1
             if self.observers:
                 self.notify(events.OverloadBegan(len(self._queue)))
+        elif before is not None and self._queue.overloaded_since is None:
+            self._tell_overload_ended(before)
         return overloaded
 
     def _end_overload_if_empty(self) -> None:
@@ -383,7 +388,11 @@ class HandoffPool(PoolBase):
             return
         since = self._queue.overloaded_since
         self._queue.end_overload()
-        if since is not None and self.observers:
+        if since is not None:
+            self._tell_overload_ended(since)
+
+    def _tell_overload_ended(self, since: float) -> None:
+        if self.observers:
             self.notify(events.OverloadEnded(self._time() - since))
 
     def _refuse_all(self) -> int:
@@ -397,7 +406,7 @@ class HandoffPool(PoolBase):
         if not pids:
             return
         try:
-            helper = await greenlet_spawn(self._create_connection)
+            helper = await self._connects.make()
         except Exception:  # noqa: BLE001 (logged; what is left to do is done without)
             _log.warning("no connection to end %d sessions with", len(pids), exc_info=True)
             return

@@ -49,7 +49,7 @@ def _check_in_background(
     record.taken_at = now
     pool._held[record] = None
     task = pool._spawn(_check(pool, record, stay_cold=stay_cold))
-    task.add_done_callback(lambda _: _drop_if_unchecked(pool, record, now))
+    task.add_done_callback(lambda _: _drop_if_unchecked(pool, record, task))
 
 
 async def _check(pool: HandoffPool, record: PooledRecord, *, stay_cold: bool) -> None:
@@ -71,9 +71,9 @@ async def _check(pool: HandoffPool, record: PooledRecord, *, stay_cold: bool) ->
         pool._capacity_freed()
 
 
-def _drop_if_unchecked(pool: HandoffPool, record: PooledRecord, since: float) -> None:
+def _drop_if_unchecked(pool: HandoffPool, record: PooledRecord, check: asyncio.Task[None]) -> None:
     """The check was cancelled before it began, as when the event loop ends."""
-    if record in pool._held and record.taken_at == since and record.fairy_ref is None:
+    if check.cancelled() and record in pool._held:
         del pool._held[record]
         pool._discard(record, CloseReason.PING_FAILED)
         pool._capacity_freed()

@@ -25,15 +25,12 @@ import sqlalchemy
 from sqlalchemy.pool.base import _ConnectionRecord
 from sqlalchemy.util import greenlet_spawn
 
-from poolkit.driver import DriverConnection
+from poolkit.driver import is_ours
 
 if TYPE_CHECKING:
     from poolkit.pool.handoff import HandoffPool
 
 _log = logging.getLogger("poolkit.pool")
-
-CLOSE_TIMEOUT = 2.0
-"""Seconds that a peer has to acknowledge a close, before its socket is dropped."""
 
 
 class PooledRecord(_ConnectionRecord):
@@ -130,7 +127,7 @@ class PooledRecord(_ConnectionRecord):
     def session_pid(self) -> int | None:
         """The server process at the other end, if it is known: not behind a pooler."""
         driver = self.driver_connection
-        if not isinstance(driver, DriverConnection) or driver.pooler != "none":
+        if not is_ours(driver) or driver.pooler != "none":
             return None
         return driver.get_server_pid()
 
@@ -148,7 +145,7 @@ class PooledRecord(_ConnectionRecord):
         try:
             driver.terminate()
         except RuntimeError:  # the loop is closed: there is nothing left to do it on
-            if isinstance(driver, DriverConnection):
+            if is_ours(driver):
                 driver.shut_socket()
 
     async def close_within(self, seconds: float) -> None:

@@ -27,6 +27,7 @@ class Counters:
     ping_seconds: float = 0.0
     long_holders: int = 0
     overloads: int = 0
+    retries: int = 0
     closed: dict[CloseReason, int] = field(default_factory=lambda: dict.fromkeys(CloseReason, 0))
 
 
@@ -57,6 +58,7 @@ class PoolStats:
         ping_seconds: Cumulative. Seconds they took.
         long_holders: Cumulative. Connections reported as held for too long.
         overloads: Cumulative. Times that the queue turned to newest first.
+        retries: Cumulative. Times that ``run_in_transaction`` did the work again.
         closed: Cumulative. Connections that left the pool, by reason; every reason is there.
     """
 
@@ -82,6 +84,7 @@ class PoolStats:
     ping_seconds: float
     long_holders: int
     overloads: int
+    retries: int
     closed: Mapping[CloseReason, int]
 
 

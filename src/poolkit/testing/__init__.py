@@ -1,6 +1,27 @@
-"""What tests and demos of a service need: a throwaway PostgreSQL."""
+"""What tests and demos of a service need: a throwaway PostgreSQL, and a network that fails."""
 
+from poolkit.testing._dialogue import Message
 from poolkit.testing._errors import PostgresServerError
-from poolkit.testing._server import PostgresServer, ThrowawayPostgres, postgres
+from poolkit.testing._moments import At, FaultProxyError, Signal
+from poolkit.testing._proxied import ProxiedConnection
+from poolkit.testing._proxy import FaultProxy
+from poolkit.testing._record import ProxyStats
+from poolkit.testing._server import PostgresServer, ThrowawayPostgres, postgres, standby
+from poolkit.testing._traps import Hold, Trap
 
-__all__ = ["PostgresServer", "PostgresServerError", "ThrowawayPostgres", "postgres"]
+__all__ = [
+    "At",
+    "FaultProxy",
+    "FaultProxyError",
+    "Hold",
+    "Message",
+    "PostgresServer",
+    "PostgresServerError",
+    "ProxiedConnection",
+    "ProxyStats",
+    "Signal",
+    "ThrowawayPostgres",
+    "Trap",
+    "postgres",
+    "standby",
+]

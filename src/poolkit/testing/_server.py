@@ -17,10 +17,13 @@ import asyncpg
 from poolkit.testing._cluster import HOST, USER, Cluster, Plan
 from poolkit.testing._errors import PostgresServerError
 from poolkit.testing._guard import StopMode
+from poolkit.testing._standby import Standby
 
 _T = TypeVar("_T")
 
 _SQL_TIMEOUT = 30.0
+
+_READ_ONLY = "SHOW default_transaction_read_only"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False, eq=False)
@@ -105,16 +108,33 @@ class PostgresServer:
         self.stop(mode)
         self.start()
 
+    def set_read_only(self, read_only: bool = True) -> None:  # noqa: FBT001, FBT002 (its one value)
+        """Have new transactions refuse to write, as a server does after a failover; or write again.
+
+        It concerns sessions that are there too, but those that set
+        `default_transaction_read_only` themselves. The user has to be a superuser.
+        """
+        _in_own_loop(_set_read_only(self._admin_dsn, "on" if read_only else "off"))
+
+    def promote(self) -> None:
+        """Make a standby the primary, and wait until it takes writes; see `standby()`."""
+        seconds = int(_SQL_TIMEOUT) - 1
+        if not _in_own_loop(_fetch(self._admin_dsn, f"SELECT pg_promote(true, {seconds})")):
+            raise PostgresServerError(f"the standby was not promoted within {seconds} s")
+
     def create_database(self, name: str) -> str:
         """Create an empty database and return its URL."""
         quoted = '"' + name.replace('"', '""') + '"'
-        dsn = _driver_url(urlsplit(self.url)) if self._cluster is None else self.socket_url
-        _in_own_loop(_execute(dsn, f"CREATE DATABASE {quoted}"))
+        _in_own_loop(_execute(self._admin_dsn, f"CREATE DATABASE {quoted}"))
         return urlsplit(self.url)._replace(path=f"/{quote(name, safe='')}").geturl()
 
     def log(self) -> str:
         """What the server has logged so far."""
         return self._ours.log()
+
+    @property
+    def _admin_dsn(self) -> str:
+        return _driver_url(urlsplit(self.url)) if self._cluster is None else self.socket_url
 
     @property
     def _ours(self) -> Cluster:
@@ -225,20 +245,50 @@ def postgres(
     return ThrowawayPostgres(partial(_started, plan))
 
 
+def standby(primary: PostgresServer, *, start_timeout: float = 60.0) -> ThrowawayPostgres:
+    """A hot standby of a throwaway server, by `with` or `async with`, inside that one's block.
+
+    It has the same users, passwords and certificate, follows the primary by streaming
+    replication, answers queries, refuses writes, and becomes a primary by `promote()`.
+
+    Args:
+        primary: A server that `postgres()` has started.
+        start_timeout: The longest wait for the copy, and for the standby to take connections, in
+            seconds.
+
+    Raises:
+        PostgresServerError: On entry: the primary was given by `url=`, its installation lacks
+            pg_basebackup, or the standby did not start.
+    """
+    return ThrowawayPostgres(partial(_standing_by, primary, start_timeout))
+
+
 @contextmanager
 def _started(plan: Plan, abandoned: threading.Event) -> Iterator[PostgresServer]:
     with closing(Cluster(plan, abandoned)) as cluster:
-        yield PostgresServer(
-            url=f"postgresql://{USER}:{cluster.password}@{HOST}:{cluster.port}/postgres",
-            host=HOST,
-            port=cluster.port,
-            user=USER,
-            password=cluster.password,
-            database="postgres",
-            version=cluster.binaries.version,
-            version_string=cluster.binaries.version_string,
-            _cluster=cluster,
-        )
+        yield _server_of(cluster)
+
+
+@contextmanager
+def _standing_by(
+    primary: PostgresServer, start_timeout: float, abandoned: threading.Event
+) -> Iterator[PostgresServer]:
+    with closing(Standby(primary._ours, start_timeout, abandoned)) as cluster:  # noqa: SLF001
+        yield _server_of(cluster)
+
+
+def _server_of(cluster: Cluster) -> PostgresServer:
+    return PostgresServer(
+        url=f"postgresql://{USER}:{cluster.password}@{HOST}:{cluster.port}/postgres",
+        host=HOST,
+        port=cluster.port,
+        user=USER,
+        password=cluster.password,
+        database="postgres",
+        version=cluster.binaries.version,
+        version_string=cluster.binaries.version_string,
+        _cluster=cluster,
+    )
 
 
 @contextmanager
@@ -298,6 +348,23 @@ async def _execute(dsn: str, statement: str) -> None:
         await connection.execute(statement)
     finally:
         await connection.close(timeout=_SQL_TIMEOUT)
+
+
+async def _fetch(dsn: str, query: str) -> Any:
+    connection = await asyncpg.connect(dsn, timeout=_SQL_TIMEOUT, command_timeout=_SQL_TIMEOUT)
+    try:
+        return await connection.fetchval(query)
+    finally:
+        await connection.close(timeout=_SQL_TIMEOUT)
+
+
+async def _set_read_only(dsn: str, value: str) -> None:
+    await _execute(dsn, f"ALTER SYSTEM SET default_transaction_read_only = {value}")
+    await _execute(dsn, "SELECT pg_reload_conf()")
+    async with asyncio.timeout(_SQL_TIMEOUT):
+        # Once a new session has it, those that are there have been told to read it.
+        while await _fetch(dsn, _READ_ONLY) != value:  # noqa: ASYNC110 (happens at the server)
+            await asyncio.sleep(0.002)
 
 
 def _in_own_loop(work: Coroutine[Any, Any, _T]) -> _T:
