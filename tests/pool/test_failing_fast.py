@@ -77,11 +77,14 @@ async def test_a_success_ends_the_row(server):
 
 @on_fakes
 async def test_those_in_line_fail_with_the_third(server):
-    """They would have to connect, too."""
+    """They would have to connect, too. Connects that were under way together count as one."""
     pool = make_pool(server, pool_size=10, pool_max_connecting=4)
     go_down(server)
     waiting = await callers(pool, 20)
-    await asyncio.sleep(1.01)
+    await asyncio.sleep(2.99)
+    assert [caller.done for caller in waiting] == [True] * 8 + [False] * 12
+    assert server.connects == 12
+    await asyncio.sleep(0.02)
     assert all(isinstance(caller.error, CannotConnect) for caller in waiting)
     assert len({id(caller.error) for caller in waiting}) == 20
     pool.dispose()
@@ -236,3 +239,28 @@ async def test_the_minimum_idle_is_left_to_the_probe(server):
     assert pool.checkedin() == 3
     pool.dispose()
     await asyncio.sleep(3)
+
+
+@on_fakes
+async def test_dispose_has_who_waits_connect_anew(server):
+    """The past is forgotten, and nobody is left waiting for a connection in use alone."""
+    pool = make_pool(server, pool_size=2, pool_max_connecting=1, timeout=None)
+    (holder,) = await holding(pool)
+    go_down(server)
+    failing = await callers(pool, 1)
+    await asyncio.sleep(1.01)
+    await holder.give_back()
+    (holder,) = await holding(pool)
+    failing += await callers(pool, 2)
+    await asyncio.sleep(2.1)
+    (waiting,) = await callers(pool, 1)
+    assert pool._connects.circuit.is_open
+    assert not waiting.done
+    while server.connecting:  # until a pause of the probing
+        await asyncio.sleep(0.001)
+    come_back(server)
+    pool.dispose()
+    await settle()
+    assert waiting.holds
+    for caller in (holder, waiting):
+        await caller.give_back()

@@ -1181,3 +1181,48 @@ async def test_a_server_that_is_left_gets_nobody_any_more(server):
     await settle()
     assert [driver.said_goodbye for driver in server.made] == [True, True, False]
     await next_one.give_back()
+
+
+@on_fakes
+async def test_nothing_is_kept_ready_while_draining(server):
+    """The minimum idle is for a pool that serves."""
+    pool = make_pool(server, pool_size=2, pool_min_idle=2)
+    (holder,) = await holding(pool)
+    draining = asyncio.ensure_future(pool.drain(5))
+    await asyncio.sleep(4)
+    assert server.connects == 1
+    await holder.give_back()
+    await draining
+    assert server.open == []
+
+
+@on_fakes
+async def test_nothing_is_kept_ready_in_a_pool_that_was_replaced(server):
+    """As ``engine.dispose()`` does; who still waits there is served, and that is all."""
+    pool = make_pool(server, pool_size=2, pool_min_idle=2)
+    server.connect_delay = 1.0
+    (late,) = await callers(pool, 1)
+    pool.recreate()
+    await greenlet_spawn(pool.dispose)
+    await late.get()
+    await late.give_back()
+    await asyncio.sleep(10)
+    assert (server.connects, server.open) == (1, [])
+
+
+@on_fakes
+async def test_a_close_that_is_cancelled_before_it_began_drops_the_socket(server):
+    pool = make_pool(server)
+    (holder,) = await holding(pool)
+    pool.dispose()
+    spawn = pool._spawn
+
+    def cancelled_at_once(work):
+        task = spawn(work)
+        task.cancel()
+        return task
+
+    pool._spawn = cancelled_at_once
+    await holder.give_back()
+    await settle()
+    assert server.open == []

@@ -283,7 +283,9 @@ class PoolBase(Pool):
     def _close(self, record: PooledRecord, reason: CloseReason) -> asyncio.Task[Any]:
         """Close a connection in good order, in the background and within a bound."""
         self._closed(record, reason)
-        return self._spawn(record.close_within(CLOSE_TIMEOUT))
+        task = self._spawn(record.close_within(CLOSE_TIMEOUT))
+        task.add_done_callback(lambda _: record.drop_if_open())  # cancelled before it began
+        return task
 
     def close_idle(self, record: PooledRecord, reason: CloseReason) -> None:
         """Take a connection out of the idle ones and close it."""
@@ -300,6 +302,7 @@ class PoolBase(Pool):
         self._connects.stop_probing()
         if self._in_own_loop():
             self._connects.cancel_unowned()
+            self._connects.serve()
         idle = list(self._idle)
         self._idle.clear()
         if idle and self._in_own_loop():

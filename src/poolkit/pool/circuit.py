@@ -10,7 +10,7 @@ from poolkit import errors
 
 FAILURES_IN_A_ROW = 3
 """Connects that fail one after the other, each retried for its whole time, before callers fail
-fast: one may be bad luck, and two that began together are one event."""
+fast. Those that were under way together count as one."""
 
 SLOW = 0.1
 """Seconds that a failure has to take to count: nobody loses time by one that comes at once."""
@@ -48,6 +48,7 @@ class Circuit:
         self.error: BaseException | None = None
         self.failing_since = math.inf
         self.asked_at = -math.inf
+        self._counted_at = -math.inf
         self._failures = 0
         self._pause = 0.0
 
@@ -60,20 +61,21 @@ class Circuit:
         """A connect succeeded, or the past is to be forgotten."""
         self.__init__()  # type: ignore[misc]
 
-    def note_failure(self, error: BaseException, took: float, now: float) -> None:
-        """A connect failed after so many seconds."""
+    def note_failure(self, error: BaseException, began: float, now: float) -> None:
+        """A connect failed."""
         if not isinstance(error, Exception):
             return  # cancelled
         self.error = error
         if isinstance(error, _NOT_AN_OUTAGE):
             self._failures = 0  # the server answers
-        elif took >= SLOW or self.is_open:
+        elif began >= self._counted_at and (now - began >= SLOW or self.is_open):
             self._count(now)
 
     def _count(self, now: float) -> None:
         if not self._failures:
             self.failing_since = now
         self._failures += 1
+        self._counted_at = now
         if self._failures == FAILURES_IN_A_ROW:
             self.asked_at = now
 

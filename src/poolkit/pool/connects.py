@@ -115,7 +115,7 @@ class Connects:
     def top_up(self) -> None:
         """Open connections in the background until the minimum idle is there."""
         pool = self._pool
-        if self.circuit.is_open:
+        if self.circuit.is_open or pool._draining or pool._replaced:
             return
         while pool.checkedin() + len(self.under_way) < pool.min_idle and self.may_begin():
             self.begin(None)
@@ -172,7 +172,7 @@ class Connects:
         try:
             record = await self.make()
         except BaseException as error:
-            self.circuit.note_failure(error, pool.now() - opening.began, pool.now())
+            self.circuit.note_failure(error, opening.began, pool.now())
             self._failed(opening, error)
             if isinstance(error, asyncio.CancelledError | KeyboardInterrupt | SystemExit):
                 raise
@@ -261,6 +261,7 @@ class Connects:
         pause = self.circuit.next_pause(pool.now())
         if pause is None:
             self.circuit.close()
+            self.serve()
         elif pool._loop is not None and not pool._draining:
             # A timer and no task: it does not keep the pool alive in between.
             self._probe_timer = pool._loop.call_later(pause, _probe, weakref.ref(self))

@@ -162,6 +162,11 @@ class PooledRecord(_ConnectionRecord):
         finally:
             self._forget_connection()
 
+    def drop_if_open(self) -> None:
+        """Drop the socket, unless the connection has been closed."""
+        if self.dbapi_connection is not None:
+            self.drop()
+
     def drop(self) -> None:
         """Close without an event loop, or out of a coroutine: the socket is dropped."""
         self._tell_close()
