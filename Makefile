@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test bench lint format docs clean
+.PHONY: demo test bench replays soak lint format docs clean
 
 demo: $(READY)  ## the main job, on a throwaway PostgreSQL
 	@$(BIN)/poolkit demo
@@ -16,6 +16,15 @@ bench: $(READY)  ## side by side with what people use today; writes docs/benchma
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
 	  --constraint requirements-dev.txt --group bench
 	@$(BIN)/python -m benchmarks
+
+replays: $(READY)  ## outages, replayed side by side; writes docs/replays
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	  --constraint requirements-dev.txt --group bench
+	@$(BIN)/python -m replays
+
+MINUTES ?= 30
+soak: $(READY)  ## everything at random for MINUTES
+	@$(BIN)/python -m replays.soak --minutes $(MINUTES)
 
 lint: $(READY)  ## the linter, the formatter and the type checker
 	$(BIN)/ruff check .
