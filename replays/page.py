@@ -12,6 +12,9 @@ from replays.model import SERVED, STILL_WAITING, Request, Timeline
 
 _COLOURS = {SERVED: "#0b6e4f", STILL_WAITING: "#222222"}
 _FAILED = "#d1495b"
+_LEAST = 0.02
+"""Seconds that a line is long at least, so that it can be seen."""
+
 _LIMIT = 120
 """Requests of each result in a picture; of more, every so many-th is drawn."""
 
@@ -110,23 +113,24 @@ def draw(replay: Replayed, file: Path) -> None:
 
 
 def _draw_requests(axes: Any, timeline: Timeline) -> None:
-    drawn = _some_of_each(timeline)
-    labelled: dict[str, str] = {}
-    for row, request in enumerate(drawn):
-        colour = _COLOURS.get(request.result, _FAILED)
-        label = None if request.result in labelled else shown(request.result)
-        labelled[request.result] = colour
-        axes.plot(
-            [request.began, request.ended], [row, row], color=colour, linewidth=1.2, label=label
+    drawn = list(enumerate(_some_of_each(timeline)))
+    for result in timeline.results:
+        alike = [(row, request) for row, request in drawn if request.result == result]
+        axes.hlines(
+            [row for row, _ in alike],
+            [request.began for _, request in alike],
+            [max(request.ended, request.began + _LEAST) for _, request in alike],
+            color=_COLOURS.get(result, _FAILED),
+            linewidth=1.2,
+            label=shown(result),
         )
-        axes.plot([request.ended], [row], marker="|", color=colour, markersize=3)
     for when, what in _few(timeline.marks):
         axes.axvline(when, color="#888888", linewidth=0.8, linestyle="--")
         axes.annotate(
             what, (when, 1), xycoords=("data", "axes fraction"), fontsize=7, rotation=90,
             ha="right", va="top", color="#666666",
         )  # fmt: skip
-    if labelled:
+    if drawn:
         axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
