@@ -19,6 +19,7 @@ from replays.model import Timeline
 from replays.page import Replayed, as_lines, write
 
 NAMES = (
+    "listener",
     "sleeper",
     "dead",
     "bad_address",

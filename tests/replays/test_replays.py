@@ -2,7 +2,7 @@
 
 import asyncio
 
-from replays import bad_address, dead, sleeper, zombies
+from replays import bad_address, dead, listener, sleeper, zombies
 from replays.engines import POOLKIT
 from replays.model import SERVED, STILL_WAITING
 
@@ -53,6 +53,15 @@ async def test_zombies(server):
     timeline = await zombies.run(server, POOLKIT)
     assert timeline.results == {SERVED: 3}
     assert timeline.worst() < PING_TIMEOUT + 0.5 + LOADED
+
+
+async def test_the_listener(server):
+    """One statement runs into its limit, and the listener goes on."""
+    timeline = await listener.run(server, POOLKIT)
+    assert set(timeline.results) == {SERVED, FaultKind.STATEMENT_TIMEOUT}
+    assert timeline.results[FaultKind.STATEMENT_TIMEOUT] <= 3
+    assert timeline.worst() < listener.BOUND + LOADED
+    assert first_served(timeline, "well again") < 3 + LOADED
 
 
 async def test_a_replay_tells_who_hangs(server):
