@@ -285,6 +285,7 @@ class Case:
         leave: Seconds from then until who is cancelled is gone.
         error: What the one gets who waits; None: what it wanted.
         is_shielded: SQLAlchemy finishes it first: who is cancelled gets the result all the same.
+            Earlier releases of 2.0 let the cancellation through.
         cold: Whether there is no connection yet.
     """
 
@@ -415,12 +416,15 @@ async def cancel_twice(task: asyncio.Task[None], limit: asyncio.Timeout) -> None
 Leave = Callable[[asyncio.Task[None], asyncio.Timeout], Awaitable[None]]
 
 
-def expected(case: Case, how: Leave) -> tuple[float, type[BaseException]]:
-    """How long it may take, and what is raised."""
-    if how is wait or case.is_shielded:
-        return case.bound, case.error or type(None)
+def expected(case: Case, how: Leave) -> tuple[float, set[type[BaseException]]]:
+    """How long it may take, and what may be raised."""
+    result = case.error or type(None)
+    if how is wait:
+        return case.bound, {result}
     gone = TimeoutError if how is reach_deadline else asyncio.CancelledError
-    return case.leave, gone
+    if case.is_shielded:
+        return case.bound, {result, gone}
+    return case.leave, {gone}
 
 
 # -- The test ------------------------------------------------------------------------------------
@@ -452,9 +456,10 @@ async def play(case: Case, how: Leave, server: PostgresServer, few: asyncio.Sema
             engine = create_async_engine(settings=settings(case, proxy, name))
             if not case.cold:
                 await warm(engine)
-        bound, error = expected(case, how)
+        bound, errors = expected(case, how)
         took, raised = await leave(case, how, proxy, engine)
-        assert (type(raised), took) == (error, pytest.approx(bound / 2, abs=bound / 2 + SLACK))
+        assert took < bound + SLACK
+        assert type(raised) in errors
         await until_settled(engine)
         proxy.heal()
         if case.work in {drain_idle, drain_in_use}:
