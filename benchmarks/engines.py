@@ -115,12 +115,16 @@ def stock_engine(
 
 def recipe_engine(url: str, sizes: Sizes) -> AsyncEngine:
     """What is commonly recommended: pre-ping, no caches, and a name for each statement."""
-    arguments = {
+    return stock_engine(url, sizes, pool_pre_ping=True, connect_args=recipe_arguments())
+
+
+def recipe_arguments() -> dict[str, Any]:
+    """The connect arguments of what is commonly recommended."""
+    return {
         "statement_cache_size": 0,
         "prepared_statement_cache_size": 0,
         "prepared_statement_name_func": lambda: f"__asyncpg_{uuid4()}__",
     }
-    return stock_engine(url, sizes, pool_pre_ping=True, connect_args=arguments)
 
 
 def _pool(sizes: Sizes) -> dict[str, Any]:

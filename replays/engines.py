@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlsplit
-from uuid import uuid4
 
+from benchmarks.engines import recipe_arguments
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 import poolkit
@@ -32,11 +32,7 @@ def make_engine(contestant: str, url: str, **settings: Any) -> AsyncEngine:
 
 
 def _recipe(settings: Mapping[str, Any]) -> dict[str, Any]:
-    arguments: dict[str, Any] = {
-        "statement_cache_size": 0,
-        "prepared_statement_cache_size": 0,
-        "prepared_statement_name_func": lambda: f"__asyncpg_{uuid4()}__",
-    }
+    arguments = recipe_arguments()
     if "connection_timeout" in settings:
         arguments["timeout"] = settings["connection_timeout"]
     return arguments
