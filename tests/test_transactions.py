@@ -991,12 +991,12 @@ class TestWhatIsTold:
         assert pool_stats(engine).retries == 1
         (record,) = caplog.records
         assert (record.name, record.levelname) == ("poolkit.transactions", "INFO")
-        assert (record.attempt, record.fault_kind) == (1, "serialization_failure")
-        assert (record.pause, record.sqlstate) == (pauses[0], "40001")
+        assert (record.poolkit_attempt, record.poolkit_kind) == (1, "serialization_failure")
+        assert (record.poolkit_pause, record.poolkit_sqlstate) == (pauses[0], "40001")
 
     async def test_without_observers_no_event_is_made(self, engine, pauses, monkeypatch) -> None:
         """The counter counts all the same."""
-        monkeypatch.setattr(attempts, "TransactionRetried", None)
+        monkeypatch.delattr(TransactionRetried, "__init__")
         await run_in_transaction(engine, failing(1, serialization_failure, then=_nothing))
         assert pool_stats(engine).retries == 1
 

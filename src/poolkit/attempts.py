@@ -19,6 +19,7 @@ from sqlalchemy import Connection, event
 from sqlalchemy import exc as sa_exc
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, async_sessionmaker
 
+from poolkit import reports
 from poolkit.driver import is_ours
 from poolkit.errors import (
     ConfigurationError,
@@ -34,7 +35,7 @@ from poolkit.pool import HandoffPool
 if TYPE_CHECKING:
     from tenacity import AsyncRetrying, RetryCallState
 
-_log = logging.getLogger("poolkit.transactions")
+_log = logging.getLogger(reports.TRANSACTIONS)
 
 FIRST_PAUSE = 0.05
 """Seconds that the first pause lasts at most; each further one may be twice as long."""
@@ -336,23 +337,19 @@ class Run(Generic[T]):
     def _tell(self, state: RetryCallState) -> None:
         failed = _last_attempt(state)
         kind, pause = failed.fault.kind, state.upcoming_sleep
-        _log.info(
-            "attempt %d ended by %s; again in %.3f s",
-            self._begun,
-            kind,
-            pause,
-            extra={
-                "attempt": self._begun,
-                "pause": pause,
-                "fault_kind": str(kind),
-                "sqlstate": failed.fault.sqlstate,
-            },
-        )
         pool = self._opener.pool()
+        reports.retried(
+            attempt=self._begun,
+            pause=pause,
+            kind=kind,
+            error=failed.error,
+            pool=getattr(pool, "name", None),
+        ).write()
         if isinstance(pool, HandoffPool):
             pool.counters.retries += 1
-            if pool.observers:
-                pool.notify(TransactionRetried(self._begun, pause, kind, failed.error))
+            if pool.observers.wanting(TransactionRetried):
+                told = TransactionRetried(self._begun, pause, kind, failed.error)
+                pool.observers.notify(told)
 
     def _spent(self) -> str:
         seconds = self._time() - self._since

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -15,7 +15,7 @@ from poolkit.addresses import Candidate, candidates, listed
 from poolkit.connect_failures import failure, is_transient, speaks_against_address
 from poolkit.driver import DriverConnection
 from poolkit.errors import ConfigurationError, ConnectError
-from poolkit.events import ConnectionOpened, ConnectionOpenFailed, Observer, notify
+from poolkit.events import ConnectionOpened, ConnectionOpenFailed, Observer, shared
 from poolkit.opening import STARTUP_SAFE, Opener, Progress, Trial
 from poolkit.race import Race
 from poolkit.scouts import Endpoint, Scouts, offers_tls
@@ -48,7 +48,7 @@ class Connector(Opener):
     """
 
     shuffle_hosts: bool = False
-    observers: Sequence[Observer] = ()
+    observers: Iterable[Observer] = ()
     _scouts: Scouts = field(default_factory=Scouts, repr=False)
 
     async def __call__(self, *, timeout: float | None, **arguments: Any) -> DriverConnection:
@@ -68,17 +68,11 @@ class Connector(Opener):
             connection, candidate = await self._within(timeout or None, progress, arguments)
         except ConnectError as error:
             failed = ConnectionOpenFailed(error.address, error.elapsed, error.attempts, error)
-            notify(self.observers, failed)
+            shared(self.observers).notify(failed)
             raise
-        notify(
-            self.observers,
-            ConnectionOpened(
-                str(candidate),
-                loop.time() - progress.started,
-                progress.attempts,
-                connection.pooler,
-            ),
-        )
+        took = loop.time() - progress.started
+        opened = ConnectionOpened(str(candidate), took, progress.attempts, connection.pooler)
+        shared(self.observers).notify(opened)
         return connection
 
     async def _within(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from typing import Any
 
 from pydantic import SecretStr, ValidationError
@@ -11,7 +12,7 @@ from sqlalchemy.engine import URL
 from sqlalchemy.ext import asyncio as sqlalchemy_asyncio
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from poolkit import timeouts, translation
+from poolkit import logs, timeouts, translation
 from poolkit.errors import ConfigurationError
 from poolkit.events import Observer
 from poolkit.options import Password, engine_options
@@ -49,8 +50,9 @@ def create_async_engine(
     """
     if settings is not None and url is not None:
         raise ConfigurationError("give either url or settings: the settings hold a URL already")
+    settings = settings if settings is not None else _from_environment(url)
     made = engine_options(
-        settings if settings is not None else _from_environment(url),
+        settings,
         password=password,
         server_settings=server_settings,
         observers=observers,
@@ -59,6 +61,10 @@ def create_async_engine(
     engine = sqlalchemy_asyncio.create_async_engine(made.url, **made.kwargs)
     timeouts.install(engine.sync_engine)
     translation.install(engine.sync_engine, made.kwargs["connect_args"])
+    logs.install(engine.sync_engine, made.kwargs["connect_args"]["async_creator_fn"])
+    if settings.telemetry != "off" or settings.logfire_enabled:
+        # A leaf above this layer: named, not imported, so that nobody loads it unasked.
+        import_module("poolkit.telemetry").install(engine, settings)
     return engine
 
 

@@ -385,7 +385,11 @@ def find_sqlstate(error: BaseException | None) -> str | None:
 
 def describe(error: BaseException) -> str:
     """The innermost error in one line, with its type where its text alone says too little."""
-    innermost = list(causes(error))[-1]
+    chain = list(causes(error))
+    secretive = next((cause for cause in chain if isinstance(cause, PasswordUnavailable)), None)
+    if secretive is not None:
+        return secretive._cause(chain[-1])  # noqa: SLF001 (of this module)
+    innermost = chain[-1]
     text = " ".join(str(innermost).split())
     if find_sqlstate(innermost):
         return f"{text} (SQLSTATE {find_sqlstate(innermost)})"

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Protocol
+from typing import Any, Protocol, TypeVar, overload
 
 from poolkit.faults import FaultKind
 
@@ -215,10 +215,84 @@ class Observer(Protocol):
         """Take note of the event, quickly: it is called where the event happens."""
 
 
+E = TypeVar("E", bound=Event)
+
+
+class Observers:
+    """Who watches an engine; shared by its connects and by every pool that it has.
+
+    Which of them wants an event is known beforehand, so that one that nobody wants is not made.
+
+    Args:
+        observers: Told of every event.
+    """
+
+    def __init__(self, observers: Iterable[Observer] = ()) -> None:
+        self._watching: list[_Watching] = [(observer, Event) for observer in observers]
+        self._wanting: dict[type[Event], list[Observer]] = {}
+
+    def __len__(self) -> int:
+        return len(self._watching)
+
+    def __iter__(self) -> Iterator[Observer]:
+        return iter([observer for observer, _ in self._watching])
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({list(self)!r})"
+
+    @overload
+    def add(self, observer: Observer, events: None = None) -> Callable[[], None]: ...
+
+    @overload
+    def add(
+        self, observer: Callable[[E], object], events: Iterable[type[E]]
+    ) -> Callable[[], None]: ...
+
+    def add(
+        self, observer: Callable[[Any], object], events: Iterable[type[Event]] | None = None
+    ) -> Callable[[], None]:
+        """Tell one more of every event, or of these kinds; what is returned ends that."""
+        watching: _Watching = (observer, Event if events is None else tuple(events))
+        self._watching.append(watching)
+        self._sort()
+
+        def end() -> None:
+            kept = [each for each in self._watching if each is not watching]
+            self._watching[:] = kept
+            self._sort()
+
+        return end
+
+    def wanting(self, kind: type[Event]) -> list[Observer]:
+        """Those to be told of a kind of event: always the same list, whoever comes and goes."""
+        if kind not in self._wanting:
+            self._wanting[kind] = self._sorted_out(kind)
+        return self._wanting[kind]
+
+    def notify(self, event: Event) -> None:
+        """Tell those who want it; one that raises is logged and breaks nothing."""
+        notify(self.wanting(type(event)), event)
+
+    def _sort(self) -> None:
+        for kind, observers in list(self._wanting.items()):
+            observers[:] = self._sorted_out(kind)
+
+    def _sorted_out(self, kind: type[Event]) -> list[Observer]:
+        return [observer for observer, kinds in self._watching if issubclass(kind, kinds)]
+
+
 def notify(observers: Iterable[Observer], event: Event) -> None:
     """Tell each observer; one that raises is logged and breaks nothing."""
-    for observer in observers:
+    for observer in tuple(observers):  # one may end its watch while it is told
         try:
             observer(event)
         except Exception:  # noqa: BLE001 (it is logged; a checkout must not break on it)
             _log.exception("observer %r failed on %s", observer, type(event).__name__)
+
+
+def shared(observers: Iterable[Observer] | None) -> Observers:
+    """The same if they are shared already, otherwise shared from now on."""
+    return observers if isinstance(observers, Observers) else Observers(observers or ())
+
+
+_Watching = tuple[Observer, type[Event] | tuple[type[Event], ...]]

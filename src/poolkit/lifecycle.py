@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any, overload
 
 from sqlalchemy import Engine
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from poolkit.errors import ConfigurationError
-from poolkit.events import Observer
+from poolkit.events import E, Event, Observer
 from poolkit.pool import DrainReport, HandoffPool, PoolStats
 
 
@@ -38,20 +39,35 @@ def pool_stats(engine: AsyncEngine | Engine) -> PoolStats:
     return _pool(engine).stats()
 
 
-def observe(engine: AsyncEngine | Engine, observer: Observer) -> Callable[[], None]:
-    """Tell the observer of every event of the engine; call what is returned to end that.
+@overload
+def observe(
+    engine: AsyncEngine | Engine, observer: Observer, events: None = None
+) -> Callable[[], None]: ...
+
+
+@overload
+def observe(
+    engine: AsyncEngine | Engine, observer: Callable[[E], object], events: Iterable[type[E]]
+) -> Callable[[], None]: ...
+
+
+def observe(
+    engine: AsyncEngine | Engine,
+    observer: Callable[[Any], object],
+    events: Iterable[type[Event]] | None = None,
+) -> Callable[[], None]:
+    """Tell the observer of the engine's events; call what is returned to end that.
+
+    Args:
+        engine: The engine.
+        observer: Any callable that takes one event.
+        events: Kinds of events to tell it of; None is every kind. What nobody wants costs nothing.
 
     Raises:
         ConfigurationError: The engine's pool is not a ``HandoffPool``.
     """
     observers = _pool(engine).observers
-    observers.append(observer)
-
-    def end() -> None:
-        if observer in observers:
-            observers.remove(observer)
-
-    return end
+    return observers.add(observer) if events is None else observers.add(observer, events)
 
 
 async def warm_up(engine: AsyncEngine, n: int | None = None) -> WarmUpReport:

@@ -23,7 +23,7 @@ from poolkit.driver import (
     milliseconds,
 )
 from poolkit.errors import ConfigurationError
-from poolkit.events import Observer
+from poolkit.events import Observer, Observers
 from poolkit.parameters import UrlParameters, parse_duration
 from poolkit.pool import HandoffPool
 from poolkit.settings import DatabaseSettings
@@ -31,9 +31,6 @@ from poolkit.tls import TLSOptions
 from poolkit.url import DatabaseUrl
 
 Password = str | SecretStr | Callable[[], str | Awaitable[str]]
-
-NOT_YET = frozenset({"telemetry", "pool_name", "logfire_enabled"})
-"""Fields that are checked and documented, and refused if set: what they steer is not built yet."""
 
 
 class EngineOptions(NamedTuple):
@@ -69,8 +66,7 @@ def engine_options(
     Raises:
         ConfigurationError: Something cannot be honoured; names it and the remedy.
     """
-    _refuse_not_yet(settings)
-    watching = list(observers)  # one list for the connects and the pool, to be added to later
+    watching = Observers(observers)  # shared by the connects and the pool
     url = settings.database_url()
     found = settings.url_parameters()
     own_args = dict(engine_kwargs.pop("connect_args", None) or {})
@@ -113,16 +109,6 @@ def engine_options(
     return EngineOptions(
         url.sqlalchemy(), defaults | engine_kwargs | {"connect_args": connect_args}
     )
-
-
-def _refuse_not_yet(settings: DatabaseSettings) -> None:
-    fields = type(settings).model_fields
-    for name in sorted(NOT_YET):
-        default = fields[name].get_default(call_default_factory=True, validated_data=dict(settings))
-        if getattr(settings, name) != default:
-            raise ConfigurationError(
-                f"{settings.variable(name, 'DATABASE_')} is not available yet: leave it out"
-            )
 
 
 def _pop_settings(connect_args: dict[str, Any]) -> dict[str, Any]:
@@ -243,7 +229,7 @@ def _pool_defaults(
     settings: DatabaseSettings,
     own: Mapping[str, Any],
     connect_timeout: float | None,
-    observers: list[Observer],
+    observers: Observers,
 ) -> dict[str, Any]:
     """What the settings say of the pool, as far as the pool in use takes it."""
     if own.get("pool") is not None:
@@ -267,6 +253,7 @@ def _pool_defaults(
         "pool_ping_idle": settings.pool_ping_idle,
         "pool_ping_timeout": settings.pool_ping_timeout,
         "leak_threshold": settings.leak_threshold,
+        "pool_name": settings.pool_name,
         "observers": observers,
     }
     accepted = {

@@ -242,6 +242,25 @@ class DatabaseSettings(BaseSettings):
         default="off",
         description="`metrics` for the pool's metrics, `full` for statement spans besides.",
     )
+    telemetry_slow_checkout: Seconds = Field(
+        default=0.1,
+        description="Seconds that a caller has to wait for a connection for the wait to become a"
+        " span of its own. 0: every checkout is one.",
+    )
+    telemetry_parameters: bool = Field(
+        default=False,
+        description="Record statements' parameters and literals in spans. They may be secrets.",
+    )
+    telemetry_sqlcommenter: bool = Field(
+        default=False,
+        description="Append the span's `traceparent` to each statement as a comment, for the"
+        " server's log. Every text is then new to the statement caches.",
+    )
+    telemetry_server_interval: Seconds = Field(
+        default=0.0,
+        description="Seconds between looks at how many connections the server has, of its"
+        " `max_connections`. 0 is off.",
+    )
     pool_name: str | None = Field(
         default=None,
         min_length=1,

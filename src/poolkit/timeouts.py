@@ -25,9 +25,28 @@ _SET = "SELECT set_config('statement_timeout', $1, $2)"
 
 def install(engine: Engine) -> None:
     """Have the engine honour the option."""
-    event.listen(engine, "do_execute", _do_execute)
-    event.listen(engine, "do_executemany", _do_executemany)
-    event.listen(engine, "do_execute_no_params", _do_execute_no_params)
+    for name, listener in _listeners().items():
+        event.listen(engine.dialect, name, listener)
+
+
+def come_last(engine: Engine) -> None:
+    """Be asked after the listeners that were added since, where the engine honours the option.
+
+    The first that executes a statement is the last that is asked, and SQLAlchemy puts none of
+    these before another.
+    """
+    for name, listener in _listeners().items():
+        if event.contains(engine.dialect, name, listener):
+            event.remove(engine.dialect, name, listener)
+            event.listen(engine.dialect, name, listener)
+
+
+def _listeners() -> dict[str, Callable[..., bool]]:
+    return {
+        "do_execute": _do_execute,
+        "do_executemany": _do_executemany,
+        "do_execute_no_params": _do_execute_no_params,
+    }
 
 
 def _do_execute(cursor: Any, statement: str, parameters: Any, context: Any) -> bool:

@@ -18,7 +18,8 @@ Run = Callable[..., Result]
 def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-c", code],
-        env=os.environ | environment,
+        # Where Logfire is installed, it has pydantic load it, and it loads rich.
+        env=os.environ | {"PYDANTIC_DISABLE_PLUGINS": "__all__"} | environment,
         capture_output=True,
         text=True,
         timeout=30,

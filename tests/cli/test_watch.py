@@ -76,6 +76,7 @@ async def test_watching(server: PostgresServer) -> None:
     """Gauges and events for the length of the block; afterwards nobody watches."""
     shown: list[Seen] = []
     engine = create_async_engine(server.url, pool_size=1, max_overflow=0)
+    others = list(engine.pool.observers)
     async with watching(engine, shown.append) as seen, engine.connect():
         before = pool_stats(engine)
     async with engine.connect():
@@ -86,4 +87,4 @@ async def test_watching(server: PostgresServer) -> None:
     assert before.used == 1
     assert seen.events[CheckedOut] == 1
     assert seen.limit == 1
-    assert engine.pool.observers == []
+    assert list(engine.pool.observers) == others

@@ -6,8 +6,9 @@ import weakref
 
 import pytest
 from fakes import CannotConnect, callers, holding, idle, make_pool, on_fakes, settle
+from sqlalchemy.util import greenlet_spawn
 
-from poolkit.errors import AuthenticationFailed
+from poolkit.errors import AuthenticationFailed, PoolDraining
 from poolkit.pool import circuit
 
 IN_A_ROW = circuit.FAILURES_IN_A_ROW
@@ -266,3 +267,25 @@ async def test_dispose_has_who_waits_connect_anew(server):
     assert waiting.holds
     for caller in (holder, waiting):
         await caller.give_back()
+
+
+@on_fakes
+async def test_who_tries_again_at_once_does_not_keep_the_loop_for_itself(server):
+    """In a loop around a checkout that fails at once, others get a turn: probes above all."""
+    pool = make_pool(server, pool_size=5, pool_max_waiting=0)
+    go_down(server)
+    await fail_in_a_row(pool)
+    turns = []
+    asyncio.get_running_loop().call_soon(turns.append, "probe")
+    with pytest.raises(CannotConnect):
+        await greenlet_spawn(pool.connect)
+    assert turns == ["probe"]
+
+    pool.dispose()
+    come_back(server)
+    await idle(pool, 1)
+    await pool.drain(1)
+    asyncio.get_running_loop().call_soon(turns.append, "another")
+    with pytest.raises(PoolDraining):
+        await greenlet_spawn(pool.connect)
+    assert turns == ["probe", "another"]

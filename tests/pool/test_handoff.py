@@ -29,6 +29,7 @@ from poolkit import (
     CloseReason,
     ConnectionClosed,
     ConnectionInvalidated,
+    ConnectionOpened,
     LongHolder,
     LongHolderReturned,
     OverloadBegan,
@@ -824,6 +825,25 @@ async def test_a_connect_that_dispose_cancels_before_it_began_keeps_no_slot(serv
 
 
 @on_fakes
+async def test_a_replaced_pool_keeps_nothing_that_came_while_it_was_disposed(server):
+    """Neither what was given back before the end of it, nor what comes back afterwards."""
+    pool = make_pool(server, pool_size=3)
+    await idle(pool, 1)
+    server.close_delay = 1.0
+    disposing = asyncio.create_task(greenlet_spawn(pool.dispose))
+    await settle()
+    first, second = await holding(pool, 2)
+    await first.give_back()
+    assert not disposing.done()
+    await disposing
+    new = pool.recreate()
+    await second.give_back()
+    await asyncio.sleep(3)
+    assert server.open == []
+    assert (pool.checkedin(), new.stats().closed[CloseReason.DISPOSED]) == (0, 3)
+
+
+@on_fakes
 async def test_dispose_keeps_all_settings(server):
     given = {
         "pool_size": 3, "max_overflow": 2, "timeout": 7.0, "use_lifo": False, "pre_ping": False,
@@ -1094,7 +1114,12 @@ async def test_events_tell_the_life_of_a_connection(server):
     pool = make_pool(server, observers=[events.append])
     await idle(pool)
     await greenlet_spawn(pool.dispose)
-    assert [type(e) for e in events] == [CheckedOut, CheckedIn, ConnectionClosed]
+    assert [type(e) for e in events] == [
+        ConnectionOpened,
+        CheckedOut,
+        CheckedIn,
+        ConnectionClosed,
+    ]
     assert events[-1].reason is CloseReason.DISPOSED
 
 
@@ -1132,13 +1157,28 @@ def test_an_observer_that_raises_breaks_nothing(caplog):
         pool = make_pool(FakeServer(), observers=[faulty, seen.append])
         await idle(pool)
         await greenlet_spawn(pool.dispose)
-        assert len(seen) == 3
+        assert len(seen) == 4
 
     on_virtual_time(main)
     assert "failed on CheckedOut" in caplog.text
 
 
 # -- Warming up and leaving ------------------------------------------------------------------
+
+
+@on_fakes
+async def test_a_warm_up_ends_with_its_pool(server):
+    """A pool that was replaced keeps nothing, and is not filled for ever."""
+    pool = make_pool(server, pool_size=3, pool_max_connecting=1)
+    server.connect_delay = 0.1
+    warming = asyncio.create_task(pool.open(3))
+    await settle()
+    await greenlet_spawn(pool.dispose)
+    pool.recreate()
+    async with asyncio.timeout(5):
+        await warming
+    assert len(server.made) <= 2
+    assert server.open == []
 
 
 @on_fakes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import sys
 
 NEEDED = frozenset({"rich", "typer"})
@@ -13,6 +14,8 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # an ASCII terminal gets `?`, not a traceback
+    # The commands say themselves what they find; log lines would end up in their pictures.
+    logging.getLogger("poolkit").addHandler(logging.NullHandler())
     try:
         from poolkit.cli.app import app  # noqa: PLC0415 (its packages are optional)
     except ModuleNotFoundError as error:

@@ -8,8 +8,10 @@ import typer
 
 import poolkit
 from poolkit.cli import check as checking
+from poolkit.cli import dashboard as dashboards
 from poolkit.cli import demo as demonstration
 from poolkit.cli import listing
+from poolkit.cli import top as watching
 
 app = typer.Typer(
     name="poolkit",
@@ -88,3 +90,58 @@ def demo(
     Touches no database but its own. Exit code: 0 if every step behaved as claimed, otherwise 1.
     """
     raise typer.Exit(demonstration.run(seconds))
+
+
+@app.command(short_help="Watch a server's sessions, or a service's pools, live.")
+def top(
+    source: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[URL]",
+            help="A database, in place of DATABASE_URL; or a service's http://host:9464/metrics.",
+            show_default=False,
+        ),
+    ] = None,
+    demo: Annotated[
+        bool, typer.Option("--demo", help="Of a throwaway server and service.")
+    ] = False,
+    interval: Annotated[
+        float, typer.Option(metavar="SECONDS", help="Between two looks.", min=0.1, max=3600)
+    ] = 1.0,
+    once: Annotated[
+        bool, typer.Option("--once", help="Print what is there now; so it does into a pipe.")
+    ] = False,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Sessions that are idle, and the server's own, too.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Once, as one JSON object.")] = False,
+    env_prefix: Prefix = "DATABASE_",
+) -> None:
+    """Watch who holds what at a server, and who waits for whom; or how a service's pools do.
+
+    It looks at the server with the settings from DATABASE_* and one connection, read-only.
+    Keys: q quit, a idle sessions too, p pause. Exit code: 0, 1 nothing to look at, 2 bad settings.
+    """
+    if demo and source is not None:
+        raise typer.BadParameter("give either a URL or --demo")
+    options = watching.Options(interval, once, as_json, everything)
+    raise typer.Exit(watching.run(source, options, prefix=env_prefix, demo=demo))
+
+
+@app.command(short_help="Print the dashboard for Grafana or Logfire, or Prometheus's alerts.")
+def dashboard(
+    which: Annotated[dashboards.Dashboard, typer.Argument(help="Which to print.")],
+    runbooks: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL", help="Where the runbooks are, for the links.", show_default=False
+        ),
+    ] = None,
+) -> None:
+    """Print Grafana's dashboard (JSON), Prometheus's alert rules (YAML) or Logfire's panels (SQL).
+
+    For a file: poolkit dashboard alerts > poolkit.yml. Exit code: 0, or 2 for another name.
+    """
+    if runbooks is not None and not dashboards.is_address(runbooks):
+        raise typer.BadParameter(f"{runbooks!r} is not an address", param_hint="--runbooks")
+    typer.echo(dashboards.text(which, runbooks), nl=False)

@@ -30,6 +30,9 @@ from poolkit.testing import PostgresServer, PostgresServerError, postgres
 
 AS_CLAIMED, NOT_AS_CLAIMED = 0, 1
 
+FOREIGN = ("DATABASE_", "LOGFIRE_", "OTEL_", "PG", "PROMETHEUS_")
+"""What the caller's variables begin with that a demo must not see."""
+
 NEXT = {
     "poolkit check": "what is true of your own database (DATABASE_URL)",
     "poolkit settings": "every setting, and where its value comes from",
@@ -41,7 +44,7 @@ def run(seconds: float) -> int:
     """Run the demo and return the exit code."""
     console = output.stdout()
     try:
-        with _server(console) as server, _environment(server):
+        with _server(console) as server, environment(server):
             right = asyncio.run(_show(console, seconds))
     except PostgresServerError as error:
         output.print_failure(output.Failure(type(error).__name__, [str(error)]))
@@ -63,11 +66,11 @@ def _server(console: Console) -> Iterator[PostgresServer]:
 
 
 @contextmanager
-def _environment(server: PostgresServer) -> Iterator[None]:
+def environment(server: PostgresServer) -> Iterator[None]:
     """The service's environment: the server's URL, and nothing of the caller's own settings."""
     before = dict(os.environ)
     for name in before:
-        if name.upper().startswith(("DATABASE_", "LOGFIRE_", "PG")):
+        if name.upper().startswith(FOREIGN):
             del os.environ[name]
     os.environ.update(server.environ)
     try:

@@ -19,7 +19,7 @@ from sqlalchemy.util.concurrency import in_greenlet
 from poolkit import events
 from poolkit.driver import CLOSE_TIMEOUT
 from poolkit.errors import WrongEventLoop
-from poolkit.events import CloseReason, Event, Observer, notify
+from poolkit.events import CloseReason, Observer, shared
 from poolkit.pool.connects import Connects
 from poolkit.pool.queue import WaitQueue
 from poolkit.pool.record import PooledRecord
@@ -70,7 +70,8 @@ class PoolBase(Pool):
         pool_max_connecting: int = 4,
         pool_connect_timeout: float = 0.0,
         leak_threshold: float = 0.0,
-        observers: list[Observer] | None = None,
+        pool_name: str | None = None,
+        observers: Iterable[Observer] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(creator, **kwargs)
@@ -91,8 +92,12 @@ class PoolBase(Pool):
         self._max_connecting = pool_max_connecting
         self._connect_timeout = pool_connect_timeout
         self.leak_threshold = leak_threshold
-        self.observers: list[Observer] = [] if observers is None else observers
+        self.name = pool_name
+        self.observers = shared(observers)
+        self._on_checkout = self.observers.wanting(events.CheckedOut)
+        self._on_checkin = self.observers.wanting(events.CheckedIn)
         self.counters = Counters()
+        self.lineage: list[weakref.ref[PoolBase]] = [weakref.ref(self)]
         unlimited = pool_size == 0 or max_overflow < 0
         self._limit: float = math.inf if unlimited else pool_size + max_overflow
         self._kept: float = pool_size or math.inf
@@ -166,6 +171,7 @@ class PoolBase(Pool):
             pool_max_connecting=self._max_connecting,
             pool_connect_timeout=self._connect_timeout,
             leak_threshold=self.leak_threshold,
+            pool_name=self.name,
             observers=self.observers,
             echo=self.echo,
             logging_name=self._orig_logging_name,
@@ -173,8 +179,14 @@ class PoolBase(Pool):
             _dispatch=self.dispatch,
             dialect=self._dialect,
         )
-        new.counters = self.counters
+        new.counters, new.lineage = self.counters, self.lineage
+        living = [each for each in self.lineage if each() is not None]
+        self.lineage[:] = [*living, weakref.ref(new)]  # at once: other threads read it
         self._replaced = True  # what is still waiting here is served, and nothing is kept
+        if self._generation:  # disposed: what was opened while it closed the others goes, too
+            self._generation += 1
+            self._let_held_expire()
+            self._dispose_idle()
         return new
 
     def stats(self) -> PoolStats:
@@ -183,12 +195,12 @@ class PoolBase(Pool):
         return PoolStats(
             used=len(self._held),
             idle=len(self._idle),
-            opening=len(self._connects),
-            waiting=len(self._queue),
+            opening=self.opening(),
+            waiting=self.waiting(),
             size=self._size,
             limit=None if unlimited else int(self._limit),
             utilisation=0.0 if unlimited else len(self._held) / self._limit,
-            overloaded=self._queue.overloaded_since is not None,
+            overloaded=self.serves_newest_first(),
             closed=frozen(self.counters.closed),
             **_counted(self.counters),
         )
@@ -213,10 +225,6 @@ class PoolBase(Pool):
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
-
-    def notify(self, event: Event) -> None:
-        """Tell the observers."""
-        notify(self.observers, event)
 
     # -- Counting --------------------------------------------------------------------------
 
@@ -243,6 +251,35 @@ class PoolBase(Pool):
         """Whether connections are replaced by age."""
         return self._lifetime > 0
 
+    def limit(self) -> float:
+        """Connections at most; infinity if that is unlimited."""
+        return self._limit
+
+    def kept(self) -> float:
+        """Idle connections at most; infinity if that is unlimited."""
+        return self._kept
+
+    def opening(self) -> int:
+        """Connects under way."""
+        return len(self._connects)
+
+    def waiting(self) -> int:
+        """Callers in line."""
+        return len(self._queue)
+
+    def serves_newest_first(self) -> bool:
+        """Whether the newest in line are served first."""
+        return self._queue.overloaded_since is not None
+
+    def gives_out(self) -> bool:
+        """Whether it is its engine's pool, and not one that was replaced."""
+        return not self._replaced
+
+    def longest_use(self) -> float:
+        """Seconds since the connection was given out that has been in use for longest, or 0."""
+        taken = [record.taken_at for record in self.held()]
+        return self._time() - min(taken) if taken else 0.0
+
     def now(self) -> float:
         """The time of the pool's event loop, in seconds."""
         return self._time()
@@ -251,27 +288,30 @@ class PoolBase(Pool):
 
     def _closed(self, record: PooledRecord, reason: CloseReason) -> None:
         self.counters.closed[reason] += 1
-        if self.observers:
-            self.notify(events.ConnectionClosed(reason, self._time() - record.opened_at))
+        if self.observers.wanting(events.ConnectionClosed):
+            age = self._time() - record.opened_at
+            self.observers.notify(events.ConnectionClosed(reason, age))
 
     def _gone(self, record: PooledRecord) -> None:
         """It came back without its connection: invalidated, detached or collected."""
         if record.lost:
             self._closed(record, CloseReason.GARBAGE_COLLECTED)
         elif record.invalidated:
-            if self.observers:
-                self.notify(events.ConnectionInvalidated(record.error))
-            self._closed(record, CloseReason.INVALIDATED)
+            self._tell_invalidated(record.error)
+            self._closed(record, CloseReason.LOST if record.died else CloseReason.INVALIDATED)
         else:
             self._closed(record, CloseReason.DETACHED)
+
+    def _tell_invalidated(self, error: BaseException | None) -> None:
+        if self.observers.wanting(events.ConnectionInvalidated):
+            self.observers.notify(events.ConnectionInvalidated(error))
 
     def _discard(
         self, record: PooledRecord, reason: CloseReason, error: BaseException | None = None
     ) -> None:
         """Drop a connection that nobody answers on, without waiting for the peer."""
         record.terminate()
-        if self.observers:
-            self.notify(events.ConnectionInvalidated(error))
+        self._tell_invalidated(error)
         self._closed(record, reason)
         # SQLAlchemy's bookkeeping, out of the caller's greenlet: there it would wait for the peer,
         # and a cancellation could interrupt whatever is to be done next.
@@ -303,18 +343,21 @@ class PoolBase(Pool):
         if self._in_own_loop():
             self._connects.cancel_unowned()
             self._connects.serve()
-        idle = list(self._idle)
-        self._idle.clear()
-        if idle and self._in_own_loop():
-            closing = [self._close(record, CloseReason.DISPOSED) for record in idle]
-            if in_greenlet():
-                await_only(asyncio.wait(closing))  # a cancellation ends the wait, not the closes
-        else:
-            for record in idle:
-                self._closed(record, CloseReason.DISPOSED)
-                self._drop_from_outside(record)
+        closing = self._dispose_idle()
+        if closing and in_greenlet():
+            await_only(asyncio.wait(closing))  # a cancellation ends the wait, not the closes
         self._stop_keeper()
         self.logger.info("Pool disposed. %s", self.status())
+
+    def _dispose_idle(self) -> list[asyncio.Task[Any]]:
+        idle = list(self._idle)
+        self._idle.clear()
+        if self._in_own_loop():
+            return [self._close(record, CloseReason.DISPOSED) for record in idle]
+        for record in idle:
+            self._closed(record, CloseReason.DISPOSED)
+            self._drop_from_outside(record)
+        return []
 
     def _let_held_expire(self) -> None:
         """Have what is in use closed as it comes back."""
@@ -414,7 +457,8 @@ def _no_time() -> float:
 
 
 def _counted(counters: Counters) -> dict[str, Any]:
-    return {f.name: getattr(counters, f.name) for f in fields(counters) if f.name != "closed"}
+    numbers = {f.name for f in fields(counters)} - {"closed", "open_failures"}
+    return {name: getattr(counters, name) for name in numbers}
 
 
 pools: weakref.WeakSet[PoolBase] = weakref.WeakSet()

@@ -9,7 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy.util import greenlet_spawn
 
+from poolkit.driver import is_ours
 from poolkit.errors import Attempt, ConnectTimeout, PoolTimeout
+from poolkit.events import ConnectionOpened
+from poolkit.faults import classify
 from poolkit.pool import keeper
 from poolkit.pool.circuit import Circuit
 
@@ -102,7 +105,9 @@ class Connects:
         """Open connections until so many are there; for each an error, or None."""
         pool = self._pool
         attempts: list[Task] = []
-        while pool._total() + _failures(attempts) < wanted and not pool._draining:
+        while pool._total() + _failures(attempts) < wanted:
+            if pool._draining or pool._replaced:
+                break  # which keep nothing
             if self.may_begin():
                 attempts.append(self.begin(None))
             elif self.under_way:
@@ -136,6 +141,9 @@ class Connects:
             if not clock.expired():
                 raise  # the creator's own
             raise ConnectTimeout(Attempt("the server", 1, pool.now() - began), error) from error
+        if not is_ours(record.driver_connection):  # otherwise the connector has told of it
+            took = pool.now() - began
+            pool.observers.notify(ConnectionOpened("the server", took, 1, "none"))
         return record
 
     def take_over_spare(self, waiter: Waiter) -> bool:
@@ -212,6 +220,7 @@ class Connects:
         pool = self._pool
         self.under_way.discard(opening)
         pool.counters.open_failed += 1
+        pool.counters.open_failures[classify(error).kind] += 1
         owner = opening.disown()
         if owner is not None:
             if isinstance(error, asyncio.CancelledError):

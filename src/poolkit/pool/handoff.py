@@ -15,7 +15,7 @@ from sqlalchemy.util import await_only
 from poolkit import events
 from poolkit.driver import CLOSE_TIMEOUT
 from poolkit.errors import PoolDraining, PoolOverloaded, PoolTimeout, describe
-from poolkit.events import CloseReason
+from poolkit.events import CloseReason, notify
 from poolkit.pool import keeper, liveness
 from poolkit.pool.base import PoolBase
 from poolkit.pool.connects import Connects
@@ -56,7 +56,8 @@ class HandoffPool(PoolBase):
         pool_connect_timeout: Time until a new connection is ready, what SQLAlchemy asks on an
             engine's first one included; 0 is off.
         leak_threshold: Use after which a connection's holder is reported; 0 is off.
-        observers: Told of every event; shared with the engine, not copied.
+        pool_name: What telemetry calls it; None is the server's address and the database.
+        observers: Told of every event.
         kwargs: ``sqlalchemy.pool.Pool``'s own arguments.
     """
 
@@ -85,7 +86,7 @@ class HandoffPool(PoolBase):
                 and not record.driver_is_closed()
             ):
                 self.counters.checkouts += 1
-                if self.observers or self.leak_threshold:
+                if self._on_checkout or self.leak_threshold:
                     self._given(record, 0.0, 0.0)
                 return record
             del self._held[record]
@@ -95,7 +96,8 @@ class HandoffPool(PoolBase):
     def _get_slowly(self) -> PooledRecord:
         """The rest: a check is due, something has to be cleared away, or the caller must wait."""
         if self._draining:
-            raise self._refused(PoolDraining("the engine was drained and gives out no connection"))
+            text = "the engine was drained and gives out no connection"
+            raise self._turned_away(PoolDraining(text))
         now = self._time()
         record = None if self._line else self._take_idle(now)
         if record is None:
@@ -143,9 +145,8 @@ class HandoffPool(PoolBase):
         if self.leak_threshold:
             task = asyncio.current_task()
             record.task = None if task is None else weakref.ref(task)
-        if self.observers:
-            self.notify(events.CheckedOut(wait, ping, record.open_seconds))
-        record.open_seconds = 0.0
+        if self._on_checkout:
+            notify(self._on_checkout, events.CheckedOut(wait, ping, record.open_seconds))
         return record
 
     def _given_after(self, record: PooledRecord, wait: float, ping: float) -> PooledRecord:
@@ -164,6 +165,8 @@ class HandoffPool(PoolBase):
             if self._timeout <= 0:
                 self._expire(waiter)
         try:
+            if waiter.future.done():
+                _let_others_run()
             record: PooledRecord = await_only(waiter.future)
         except BaseException:
             self._withdraw(waiter)
@@ -179,10 +182,10 @@ class HandoffPool(PoolBase):
 
     def _admit(self, waiter: Waiter, *, first: bool) -> None:
         if self._draining:
-            raise self._refused(PoolDraining("the engine is being drained"))
+            raise self._turned_away(PoolDraining("the engine is being drained"))
         if self._max_waiting is not None and not first and self._is_full(self._max_waiting):
             if not self._is_overloaded():
-                raise self._refused(self._overloaded_error())
+                raise self._turned_away(self._overloaded_error())
             self._fail(self._queue.oldest(), self._refused(self._overloaded_error()))
         self._queue.add(waiter, first=first)
 
@@ -218,9 +221,9 @@ class HandoffPool(PoolBase):
             self._learn_patience(waiter)
         error = PoolTimeout(self._describe("connection timed out"))
         self.counters.timeouts += 1
+        if self.observers.wanting(events.CheckoutTimedOut):  # told while it still counts as waiting
+            self.observers.notify(events.CheckoutTimedOut(waited, error))
         self._fail(waiter, error)
-        if self.observers:
-            self.notify(events.CheckoutTimedOut(waited, error))
 
     def _learn_patience(self, waiter: Waiter) -> None:
         if waiter is self._queue.oldest():
@@ -232,10 +235,14 @@ class HandoffPool(PoolBase):
         if not waiter.future.done():
             waiter.future.set_exception(error)
 
+    def _turned_away(self, error: Exception) -> Exception:
+        _let_others_run()
+        return self._refused(error)
+
     def _refused(self, error: Exception) -> Exception:
         self.counters.refused += 1
-        if self.observers:
-            self.notify(events.CheckoutRefused(error))
+        if self.observers.wanting(events.CheckoutRefused):
+            self.observers.notify(events.CheckoutRefused(error))
         return error
 
     def _overloaded_error(self) -> PoolOverloaded:
@@ -285,7 +292,7 @@ class HandoffPool(PoolBase):
         now = self._time()
         use = now - record.taken_at
         self.counters.used_seconds += use
-        if self.observers or record.reported:
+        if self._on_checkin or record.reported:
             self._note_return(record, use)
         if record.dbapi_connection is None:
             if record.waited:  # most often its caller's time ran out in mid-statement
@@ -294,7 +301,7 @@ class HandoffPool(PoolBase):
             self._capacity_freed()
             return
         record.answered_at = record.idle_since = now
-        record.waited = 0.0
+        record.waited = record.open_seconds = 0.0
         if (
             not self._line
             and now < record.expires_at  # dispose() and drain() let it expire
@@ -306,8 +313,8 @@ class HandoffPool(PoolBase):
             self._accept(record)
 
     def _note_return(self, record: PooledRecord, use: float) -> None:
-        if self.observers:
-            self.notify(events.CheckedIn(use))
+        if self._on_checkin:
+            notify(self._on_checkin, events.CheckedIn(use))
         if record.reported:
             keeper.report_returned(self, record, use)
 
@@ -377,8 +384,8 @@ class HandoffPool(PoolBase):
         overloaded = self._queue.is_overloaded(self._time())
         if overloaded and before is None:
             self.counters.overloads += 1
-            if self.observers:
-                self.notify(events.OverloadBegan(len(self._queue)))
+            if self.observers.wanting(events.OverloadBegan):
+                self.observers.notify(events.OverloadBegan(len(self._queue)))
         elif before is not None and self._queue.overloaded_since is None:
             self._tell_overload_ended(before)
         return overloaded
@@ -392,8 +399,8 @@ class HandoffPool(PoolBase):
             self._tell_overload_ended(since)
 
     def _tell_overload_ended(self, since: float) -> None:
-        if self.observers:
-            self.notify(events.OverloadEnded(self._time() - since))
+        if self.observers.wanting(events.OverloadEnded):
+            self.observers.notify(events.OverloadEnded(self._time() - since))
 
     def _refuse_all(self) -> int:
         waiting = list(self._queue.in_turn())
@@ -431,3 +438,8 @@ class HandoffPool(PoolBase):
             liveness.check_idle(self)
         if _checkin and connection.is_valid:
             connection.invalidate(exception)
+
+
+def _let_others_run() -> None:
+    """For a caller that is told at once and tries again at once: it must not starve the loop."""
+    await_only(asyncio.sleep(0))

@@ -8,7 +8,6 @@ the cold end; keeps the minimum idle; sends keepalives; reports long holders.
 from __future__ import annotations
 
 import asyncio
-import logging
 import math
 import traceback
 import weakref
@@ -16,6 +15,7 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from poolkit import reports
 from poolkit.events import CloseReason, LongHolder, LongHolderReturned
 from poolkit.pool import liveness
 
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
 LONGEST_NAP = 5.0
 """Seconds after which the keeper looks for connections that are too old, at the latest."""
-
-_log = logging.getLogger("poolkit.pool")
 
 
 def start(pool: HandoffPool) -> None:
@@ -107,9 +105,9 @@ def _report(pool: HandoffPool, record: PooledRecord, now: float) -> None:
     pool.counters.long_holders += 1
     held = now - record.taken_at
     name, stack = _whereabouts(record.task() if record.task else None)
-    _log.warning("connection held for %.1f s by task %s, which stands at:\n%s", held, name, stack)
-    if pool.observers:
-        pool.notify(LongHolder(held, name, stack))
+    event = LongHolder(held, name, stack)
+    reports.long_holder(event, pool.name).write()
+    pool.observers.notify(event)
 
 
 def _whereabouts(task: asyncio.Task[Any] | None) -> tuple[str | None, str]:
@@ -133,6 +131,6 @@ def report_returned(pool: HandoffPool, record: PooledRecord, held: float) -> Non
     task = record.task() if record.task else None
     name = None if task is None else task.get_name()
     record.reported = False
-    _log.warning("connection returned after %.1f s by task %s", held, name)
-    if pool.observers:
-        pool.notify(LongHolderReturned(held, name))
+    event = LongHolderReturned(held, name)
+    reports.long_holder_returned(event, pool.name).write()
+    pool.observers.notify(event)

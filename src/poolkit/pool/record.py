@@ -26,6 +26,8 @@ from sqlalchemy.pool.base import _ConnectionRecord
 from sqlalchemy.util import greenlet_spawn
 
 from poolkit.driver import is_ours
+from poolkit.errors import causes
+from poolkit.faults import session_ended
 
 if TYPE_CHECKING:
     from poolkit.pool.handoff import HandoffPool
@@ -48,7 +50,8 @@ class PooledRecord(_ConnectionRecord):
         generation: Which ``dispose()`` it belongs before.
         lost: Whether the garbage collector found it.
         invalidated: Whether it was declared dead, and ``error`` why.
-        open_seconds: How long the connect took; 0 once it has been given out.
+        died: Whether the error shows that its session is over.
+        open_seconds: How long the connect took; 0 once it has been given back.
     """
 
     opened_at = 0.0
@@ -61,7 +64,7 @@ class PooledRecord(_ConnectionRecord):
     reported = False
     generation = 0
     lost = False
-    invalidated = False
+    invalidated = died = False
     error: BaseException | None = None
     open_seconds = 0.0
 
@@ -87,6 +90,10 @@ class PooledRecord(_ConnectionRecord):
         else:
             self.invalidated = self.dbapi_connection is not None
             self.error = e
+            self.died = isinstance(e, Exception) and (
+                # Not by driver_is_closed: it may have been invalidated before.
+                self._look_up_is_closed()() or session_ended(list(causes(e)))
+            )
             self.driver_is_closed = self._is_closed_now
         try:
             super().invalidate(e, soft)
@@ -103,7 +110,7 @@ class PooledRecord(_ConnectionRecord):
         if self.dbapi_connection is None:
             return True
         self._pool.renewed(self)
-        self.invalidated, self.error = False, None
+        self.invalidated, self.died, self.error = False, False, None
         self.driver_is_closed = self._look_up_is_closed()
         return self.driver_is_closed()
 

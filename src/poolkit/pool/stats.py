@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from types import MappingProxyType
 
 from poolkit.events import CloseReason
+from poolkit.faults import FaultKind
 
 
 @dataclass(slots=True)
@@ -29,6 +30,17 @@ class Counters:
     overloads: int = 0
     retries: int = 0
     closed: dict[CloseReason, int] = field(default_factory=lambda: dict.fromkeys(CloseReason, 0))
+    open_failures: dict[FaultKind, int] = field(default_factory=lambda: dict.fromkeys(FaultKind, 0))
+
+    def add(self, other: Counters) -> None:
+        """Count in what another has counted."""
+        for each in fields(self):
+            mine, more = getattr(self, each.name), getattr(other, each.name)
+            if isinstance(mine, dict):
+                for key, number in more.items():
+                    mine[key] += number
+            else:
+                setattr(self, each.name, mine + more)
 
 
 @dataclass(frozen=True, slots=True)

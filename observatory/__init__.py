@@ -1,0 +1,1 @@
+"""A service under load and faults, scraped by a real Prometheus: ``python -m observatory``."""
