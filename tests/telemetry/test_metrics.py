@@ -38,6 +38,7 @@ from poolkit.events import CloseReason
 from poolkit.telemetry import metrics
 from poolkit.telemetry.attributes import POOL_NAME
 from poolkit.telemetry.catalogue import METRICS, SECONDS, Kind
+from poolkit.telemetry.meters import PerProvider
 
 ELSEWHERE = {
     "db.client.operation.duration",
@@ -562,7 +563,7 @@ class TestSeveralEngines:
             assert now["poolkit.connection.closed"]["invalidated"] == turn
             assert now["db.client.connection.create_time"] == turn
             assert "db.client.connection.count" not in now  # there is no pool
-        (group,) = metrics._instruments.of(meter_provider)._groups.values()
+        (group,) = metrics.instruments.of(meter_provider)._groups.values()
         assert len(group.sources) == 1
 
 
@@ -645,6 +646,8 @@ class TestOnAndOff:
         monkeypatch.setattr(internals, "_METER_PROVIDER", None)
         monkeypatch.setattr(internals, "_PROXY_METER_PROVIDER", internals._ProxyMeterProvider())
         monkeypatch.setattr(internals, "_METER_PROVIDER_SET_ONCE", api._internal.Once())
+        # There is one stand-in in a process; tests before this one may have made theirs known.
+        monkeypatch.setattr(metrics, "instruments", PerProvider(metrics.Instruments))
         early, late = make_engine(server.url), make_engine(server.url)
         metrics.install(early.sync_engine, None)
         reader = InMemoryMetricReader()
@@ -675,11 +678,11 @@ class TestOnAndOff:
         """Nor what was made for it, once its metrics are off."""
         provider = MeterProvider([InMemoryMetricReader()])
         metrics.install(make_engine(server.url).sync_engine, provider)()
-        reference = weakref.ref(metrics._instruments.of(provider))
+        reference = weakref.ref(metrics.instruments.of(provider))
         provider.shutdown()
         del provider
         gc.collect()
-        metrics._instruments.of(NoOpMeterProvider())
+        metrics.instruments.of(NoOpMeterProvider())
         gc.collect()
         assert reference() is None
 

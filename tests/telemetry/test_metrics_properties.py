@@ -21,6 +21,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.util import greenlet_spawn
 from test_properties import (  # noqa: F401 (fixtures)
     EXHAUSTIVE,
+    SETTLED,
     TURNS,
     PoolMachine,
     own_garbage,
@@ -72,7 +73,7 @@ class MeasuredMachine(PoolMachine):
         if not hasattr(self, "reader"):  # the first pool
             self.reader = InMemoryMetricReader()
             self.provider = MeterProvider([self.reader], shutdown_on_exit=False)
-            self.instruments = metrics._instruments.of(self.provider)
+            self.instruments = metrics.instruments.of(self.provider)
             self.instruments.add(self.pool, DATABASE)
             self.told: list[object] = []
             self.pool.observers.add(self.told.append)
@@ -149,6 +150,7 @@ class MeasuredMachine(PoolMachine):
 
     def _check_counts(self):
         """When nothing is left that could run without time passing."""
+        self.loop.run_until_complete(self._turns(SETTLED))  # a timer may have been due just now
         now, server = read(self.reader), self.server
         states = now["db.client.connection.count"]
         made, closed = len(server.made), sum(now["poolkit.connection.closed"].values())

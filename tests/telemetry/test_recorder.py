@@ -1,9 +1,9 @@
 """What a recorder records is what the API would have."""
 
+import threading
 from typing import Any
 
 import pytest
-from opentelemetry import trace
 from opentelemetry.metrics import NoOpMeterProvider
 from opentelemetry.sdk.metrics import (
     AlwaysOffExemplarFilter,
@@ -14,9 +14,9 @@ from opentelemetry.sdk.metrics import (
 from opentelemetry.sdk.metrics.export import AggregationTemporality, InMemoryMetricReader
 from opentelemetry.sdk.metrics.view import ExponentialBucketHistogramAggregation, View
 from opentelemetry.sdk.trace import TracerProvider
-from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
 
-from poolkit.telemetry.recorder import Recorder
+from poolkit.telemetry import recorder
+from poolkit.telemetry.recorder import Recorder, Recorders
 
 ATTRIBUTES = {"db.client.connection.pool.name": "x", "server.port": 5432}
 VALUES = [0.0, 0.0005, 0.001, 0.02, 7.0, 20.0]
@@ -88,9 +88,13 @@ def test_the_same_points(views, by_api) -> None:
     del by_api[:]
     for value in VALUES:
         recorded.record(value)
+    assert read(reader) == []
+    recorded.pass_on()
 
     assert by_api == VALUES[:1]
     assert read(reader) == read(expected) != []
+    recorded.pass_on()
+    assert read(reader) == read(expected)
 
 
 def test_several_readers() -> None:
@@ -100,6 +104,7 @@ def test_several_readers() -> None:
     recorded = Recorder(histogram(meters), ATTRIBUTES)
     for value in VALUES:
         recorded.record(value)
+    recorded.pass_on()
 
     assert [point["count"] for point in read(reader) + read(other)] == [6, 6]
 
@@ -112,10 +117,12 @@ def test_a_reader_that_comes_later() -> None:
     recorded = Recorder(histogram(meters), ATTRIBUTES)
     recorded.record(1)
     recorded.record(1)
+    recorded.pass_on()
     later = InMemoryMetricReader()
     meters.add_metric_reader(later)
     recorded.record(1)
     recorded.record(1)
+    recorded.pass_on()
 
     assert [point["count"] for point in read(reader) + read(later)] == [4, 2]
 
@@ -128,33 +135,36 @@ def test_differences() -> None:
     for _ in range(3):
         recorded.record(1)
         recorded.record(1)
+        recorded.pass_on()
         counts += [point["count"] for point in read(reader)]
 
     assert counts == [2, 2, 2]
 
 
 def test_an_exemplar_goes_by_the_api(by_api) -> None:
-    """Inside a sampled span it may be one; inside one that is not sampled it is none."""
+    """A notable value inside a span may be one; a short one is none."""
     reader, meters = provider()
     recorded = Recorder(histogram(meters), ATTRIBUTES)
     recorded.record(0.5)
+    recorded.pass_on()
     del by_api[:]
     with TracerProvider().get_tracer("x").start_as_current_span("sampled") as span:
-        recorded.record(2)
-    with TracerProvider(sampler=ALWAYS_OFF).get_tracer("x").start_as_current_span("not"):
-        recorded.record(3)
+        recorded.record(recorder.NOTABLE)
+        recorded.record(recorder.NOTABLE / 2)
+    assert by_api == [recorder.NOTABLE]
+    recorded.pass_on()
 
-    assert by_api == [2]
+    assert by_api == [recorder.NOTABLE]
     data = reader.get_metrics_data()
     (point,) = data.resource_metrics[0].scope_metrics[0].metrics[0].data.data_points
-    assert [exemplar.value for exemplar in point.exemplars] == [2]
+    assert point.count == 3
+    assert [exemplar.value for exemplar in point.exemplars] == [recorder.NOTABLE]
     assert point.exemplars[0].span_id == span.get_span_context().span_id
-    assert trace.get_current_span() is trace.INVALID_SPAN
 
 
 @pytest.mark.parametrize(
     ("exemplars", "by"),
-    [(AlwaysOnExemplarFilter(), [1, 2, 3]), (AlwaysOffExemplarFilter(), [1])],
+    [(AlwaysOnExemplarFilter(), {1, 2, 3}), (AlwaysOffExemplarFilter(), {1})],
 )
 def test_exemplars_of_everything(exemplars, by, by_api) -> None:
     """Who wants examples without spans gets them."""
@@ -162,15 +172,64 @@ def test_exemplars_of_everything(exemplars, by, by_api) -> None:
     recorded = Recorder(histogram(meters), ATTRIBUTES)
     for value in (1, 2, 3):
         recorded.record(value)
+    recorded.pass_on()
 
-    assert by_api == by
+    assert set(by_api) == by
     assert [point["count"] for point in read(reader)] == [3]
 
 
-def test_any_other_provider() -> None:
+def test_any_other_provider(monkeypatch) -> None:
     """Not the SDK's: by the API."""
-    recorded = Recorder(histogram(NoOpMeterProvider()), ATTRIBUTES)
-    recorded.record(1)
+    each = histogram(NoOpMeterProvider())
+    seen = []
+    monkeypatch.setattr(type(each), "record", lambda _, value, attributes: seen.append(value))
+    recorded = Recorder(each, ATTRIBUTES)
+    for value in (1, 2, 3):
+        recorded.record(value)
+    recorded.pass_on()
+
+    assert sorted(seen) == [1, 2, 3]
+
+
+def test_no_more_is_left_than_takes_a_moment(by_api) -> None:
+    """Where nobody collects."""
+    reader, meters = provider()
+    recorded = Recorder(histogram(meters), ATTRIBUTES)
+    for _ in range(recorder.MOST - 1):
+        recorded.record(1)
+    assert by_api == []
     recorded.record(1)
 
-    assert recorded._way is None
+    assert [point["count"] for point in read(reader)] == [recorder.MOST]
+
+
+def test_threads_lose_nothing() -> None:
+    """One leaves values while two others pass them on."""
+    reader, meters = provider()
+    recorded = Recorder(histogram(meters), ATTRIBUTES)
+    stop = threading.Event()
+
+    def pass_on() -> None:
+        while not stop.is_set():
+            recorded.pass_on()
+
+    others = [threading.Thread(target=pass_on) for _ in range(2)]
+    for other in others:
+        other.start()
+    for _ in range(20_000):
+        recorded.record(1)
+    stop.set()
+    for other in others:
+        other.join()
+    recorded.pass_on()
+
+    assert [point["count"] for point in read(reader)] == [20_000]
+
+
+def test_one_for_the_same_attributes() -> None:
+    """However often it is asked for."""
+    _, meters = provider()
+    recorders = Recorders(histogram(meters))
+
+    assert recorders.of(ATTRIBUTES) is recorders.of(dict(ATTRIBUTES))
+    assert recorders.of(ATTRIBUTES) is not recorders.of({})

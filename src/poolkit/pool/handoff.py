@@ -22,6 +22,7 @@ from poolkit.pool.connects import Connects
 from poolkit.pool.queue import Waiter
 from poolkit.pool.record import PooledRecord
 
+_AT_ONCE = events.CheckedOut(0.0, 0.0, 0.0)
 _running_loop = asyncio._get_running_loop
 _log = logging.getLogger("poolkit.pool")
 
@@ -146,7 +147,9 @@ class HandoffPool(PoolBase):
             task = asyncio.current_task()
             record.task = None if task is None else weakref.ref(task)
         if self._on_checkout:
-            notify(self._on_checkout, events.CheckedOut(wait, ping, record.open_seconds))
+            at_once = wait == ping == record.open_seconds == 0.0
+            event = _AT_ONCE if at_once else events.CheckedOut(wait, ping, record.open_seconds)
+            notify(self._on_checkout, event)
         return record
 
     def _given_after(self, record: PooledRecord, wait: float, ping: float) -> PooledRecord:

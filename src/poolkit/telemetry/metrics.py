@@ -21,7 +21,7 @@ from poolkit.pool.stats import Counters
 from poolkit.telemetry.attributes import POOL_NAME, database_attributes, pool_name
 from poolkit.telemetry.catalogue import CLOSE_REASON, FAULT_KIND, STATE
 from poolkit.telemetry.meters import PerProvider, histogram, observable
-from poolkit.telemetry.recorder import Recorder
+from poolkit.telemetry.recorder import Recorders
 
 _log = logging.getLogger("poolkit.telemetry")
 
@@ -62,7 +62,7 @@ def install(engine: Engine, meter_provider: MeterProvider | None) -> Callable[[]
         )
         return _nothing
     attributes = {POOL_NAME: pool_name(engine), **database_attributes(engine)}
-    return _instruments.of(meter_provider).add(pool, attributes)
+    return instruments.of(meter_provider).add(pool, attributes)
 
 
 class Source:
@@ -221,20 +221,26 @@ COUNTS: Mapping[str, Callable[[list[Counters]], list[Value]]] = {
 
 
 class Instruments:
-    """The instruments on one meter, and the engines whose numbers they report."""
+    """The instruments on one meter, and the engines whose numbers they report.
+
+    Attributes:
+        durations: Takes those of statements.
+    """
 
     def __init__(self, meter: Meter) -> None:
         self._groups: dict[frozenset[tuple[str, Any]], Group] = {}
         self._lock = threading.Lock()
         self._meter = meter
+        self._create, self._wait, self._use = (
+            Recorders(histogram(meter, f"db.client.connection.{what}_time"))
+            for what in ("create", "wait", "use")
+        )
+        self.durations = Recorders(histogram(meter, "db.client.operation.duration"))
+        # Last: another thread may collect them at once.
         self._observables = [
             *(observable(meter, name, self._reader(_state(read))) for name, read in STATES.items()),
             *(observable(meter, name, self._reader(_count(read))) for name, read in COUNTS.items()),
         ]
-        self._create, self._wait, self._use = (
-            histogram(meter, f"db.client.connection.{what}_time")
-            for what in ("create", "wait", "use")
-        )
 
     def add(self, pool: HandoffPool, attributes: Mapping[str, Any]) -> Callable[[], None]:
         """Report an engine's numbers; what is returned ends that, if they were not reported."""
@@ -254,7 +260,7 @@ class Instruments:
         self, observers: Observers, attributes: Mapping[str, Any], last: Callable[[], None]
     ) -> Callable[[], None]:
         create, wait, use = (
-            Recorder(each, attributes).record for each in (self._create, self._wait, self._use)
+            each.of(attributes).record for each in (self._create, self._wait, self._use)
         )
 
         def opened(event: ConnectionOpened) -> None:
@@ -275,6 +281,8 @@ class Instruments:
 
     def _reader(self, read: Callable[[Group], list[Value]]) -> CallbackT:
         def observe(_: CallbackOptions) -> Iterator[Observation]:
+            for each in (self._create, self._wait, self._use, self.durations):
+                each.pass_on()
             for group in list(self._groups.values()):
                 for number, more in read(group):
                     yield Observation(number, {**group.attributes, **more})
@@ -301,4 +309,4 @@ def _nothing() -> None:
     pass
 
 
-_instruments = PerProvider(Instruments)
+instruments = PerProvider(Instruments)

@@ -1,31 +1,40 @@
 """Values of a histogram whose attributes never change, recorded at a fraction of the cost.
 
-For every value the SDK copies and hashes the attributes, to find the sums that it belongs to. Here
-they are found once. Only for the SDK's own histograms, and only where the value is no exemplar,
-which it is inside a sampled span; otherwise, and where anything is not as expected, it goes by the
-API.
+A caller leaves its value, and goes on; what has been left is passed on when the metrics are
+collected, or when it has become much. Then the SDK's sums are found once for all values, where for
+each of them it would copy and hash the attributes. A value that may become an exemplar, which it
+is inside a span, goes by the API at once.
 
-Leans on how the SDK finds a value's sums; ``tests/telemetry/test_recorder.py`` fails where that
-changes.
+Leans on the SDK asking its observable instruments before it collects the others, and on how it
+finds a value's sums, without which values go by the API; ``tests/telemetry/test_recorder.py`` fails
+where that changes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+from opentelemetry.context import get_current
 from opentelemetry.metrics import Histogram
-from opentelemetry.trace import INVALID_SPAN, get_current_span
+
+MOST = 1000
+"""Values that are left at most: passing them on takes about a millisecond."""
+
+NOTABLE = 0.01
+"""Seconds from which a value may be an exemplar: nobody looks for the trace of a shorter one."""
 
 _INSTRUMENTS = "opentelemetry.sdk.metrics._internal.instrument"
 _EXEMPLARS = "opentelemetry.sdk.metrics._internal.exemplar"
 
 
-class _Measured(NamedTuple):
+class _Measured:
     """All that a sum asks of a measurement that is no exemplar."""
 
-    value: float
+    __slots__ = ("value",)
 
 
 class _Way(NamedTuple):
@@ -44,10 +53,8 @@ class _Way(NamedTuple):
     sums: tuple[tuple[dict[Any, Any], frozenset[Any]], ...]
 
     def is_open(self) -> bool:
-        """Whether it can be gone for this value."""
-        span = get_current_span()
-        no_exemplar = span is INVALID_SPAN or not span.get_span_context().trace_flags.sampled
-        return no_exemplar and self.is_enabled()
+        """Whether it can still be gone."""
+        return self.consumer._reader_storages is self.readers and self.is_enabled()  # noqa: SLF001
 
 
 class Recorder:
@@ -58,25 +65,71 @@ class Recorder:
         attributes: What each value has; not to be changed.
     """
 
-    __slots__ = ("_attributes", "_histogram", "_way")
+    __slots__ = ("_attributes", "_histogram", "_left", "_way")
 
     def __init__(self, histogram: Histogram, attributes: Mapping[str, Any]) -> None:
         self._histogram = histogram
         self._attributes = attributes
+        self._left: deque[float] = deque()
         self._way: _Way | None = None
 
     def record(self, value: float) -> None:
         """Record a value, 0 or more, in the histogram's unit."""
-        way = self._way
-        if way is None or way.consumer._reader_storages is not way.readers:  # noqa: SLF001
+        if value >= NOTABLE and get_current():
             self._histogram.record(value, self._attributes)
+            return
+        left = self._left
+        left.append(value)
+        if len(left) >= MOST:
+            self.pass_on()
+
+    def pass_on(self) -> None:
+        """Have the histogram have what was left."""
+        values = list(self._taken())
+        if values and (self._way is None or not self._way.is_open()):
+            self._histogram.record(values.pop(0), self._attributes)
             self._way = _way(self._histogram, self._attributes)
-        elif way.is_open():
-            measured = _Measured(value)
-            for sums, ours in way.sums:
-                sums[ours].aggregate(measured, False)
-        else:
-            self._histogram.record(value, self._attributes)
+        if self._way is None:
+            for value in values:
+                self._histogram.record(value, self._attributes)
+            return
+        measured: Any = _Measured()
+        for sums, ours in self._way.sums:
+            aggregate = sums[ours].aggregate
+            for measured.value in values:
+                aggregate(measured, False)
+
+    def _taken(self) -> Iterator[float]:
+        """What was left, taken away one by one: another thread may do it too."""
+        with contextlib.suppress(IndexError):
+            while True:
+                yield self._left.popleft()
+
+
+class Recorders:
+    """The recorders of a histogram.
+
+    Args:
+        histogram: The API's.
+    """
+
+    def __init__(self, histogram: Histogram) -> None:
+        self._histogram = histogram
+        self._made: dict[frozenset[Any], Recorder] = {}
+
+    def of(self, attributes: Mapping[str, Any]) -> Recorder:
+        """The one for these attributes."""
+        key = frozenset(attributes.items())
+        return self._made.setdefault(key, Recorder(self._histogram, attributes))
+
+    def record(self, value: float, attributes: Mapping[str, Any]) -> None:
+        """Record a value whose attributes are seldom the same."""
+        self._histogram.record(value, attributes)
+
+    def pass_on(self) -> None:
+        """Have the histogram have what was left; to be called before it is collected."""
+        for recorder in list(self._made.values()):
+            recorder.pass_on()
 
 
 def _way(histogram: Histogram, attributes: Mapping[str, Any]) -> _Way | None:

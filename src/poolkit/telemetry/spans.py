@@ -10,7 +10,7 @@ from time import time_ns
 from typing import Any
 
 from opentelemetry.context import Context, get_current
-from opentelemetry.metrics import Histogram, MeterProvider
+from opentelemetry.metrics import MeterProvider
 from opentelemetry.trace import (
     INVALID_SPAN,
     Link,
@@ -38,7 +38,9 @@ from poolkit.moments import Moment
 from poolkit.pool import HandoffPool
 from poolkit.telemetry.attributes import POOL_NAME, database_attributes, pool_name
 from poolkit.telemetry.failures import failed
-from poolkit.telemetry.meters import SCOPE, PerProvider, histogram
+from poolkit.telemetry.meters import SCOPE
+from poolkit.telemetry.metrics import instruments
+from poolkit.telemetry.recorder import Recorders
 from poolkit.telemetry.statements import Statements
 
 CONNECT = "connect"
@@ -52,7 +54,6 @@ POOLER = "poolkit.connection.pooler"
 STATE = "poolkit.pool"
 _STATE = ("used", "idle", "opening", "waiting")
 
-_durations = PerProvider(lambda meter: histogram(meter, "db.client.operation.duration"))
 _taken: weakref.WeakKeyDictionary[Dialect, list[object]] = weakref.WeakKeyDictionary()
 
 
@@ -84,7 +85,7 @@ def install(
     For one engine and one provider once: what is on already is left to whoever turned it on.
     """
     ends = ExitStack()
-    durations: Histogram | None = _durations.of(meter_provider)
+    durations: Recorders | None = instruments.of(meter_provider).durations
     if not _take(engine, durations, ends):
         durations = None
     tracer = None

@@ -13,7 +13,6 @@ from time import perf_counter, time_ns
 from typing import Any
 
 from opentelemetry.context import Context, attach, detach, get_current
-from opentelemetry.metrics import Histogram
 from opentelemetry.trace import Span, SpanKind, Tracer
 from sqlalchemy import Engine, event
 from sqlalchemy.engine import ExceptionContext
@@ -25,7 +24,7 @@ from poolkit.telemetry.failures import failed
 from poolkit.telemetry.known import BATCH_SIZE, SUMMARY, Known, know, named, rows
 from poolkit.telemetry.others import asyncpg_is_instrumented, has_span, is_suppressed, suppressed
 from poolkit.telemetry.quick import quick
-from poolkit.telemetry.recorder import Recorder
+from poolkit.telemetry.recorder import Recorders
 from poolkit.telemetry.sql import LONGEST
 from poolkit.timeouts import come_last
 
@@ -47,7 +46,7 @@ class Statements:
         self,
         attributes: Mapping[str, Any],
         tracer: Tracer | None,
-        durations: Histogram | None,
+        durations: Recorders | None,
         *,
         parameters: bool,
         sqlcommenter: bool,
@@ -62,7 +61,7 @@ class Statements:
         self._known = lru_cache(_REMEMBERED)(self._know)
         # Each is one object, for they are compared: a bound method is a new one each time.
         self._listeners: dict[str, Callable[..., Any]] = {
-            "do_execute": self._do_execute,
+            "do_execute": self._do_execute if tracer else self._time_execute,
             "do_executemany": self._do_executemany,
             "do_execute_no_params": self._do_execute_no_params,
             "handle_error": self._handle_error,
@@ -89,6 +88,23 @@ class Statements:
         args = (cursor, statement, parameters, context)
         one = context.statement if count > 1 else statement
         return self._watch("do_execute", args, one, parameters, count)
+
+    def _time_execute(self, cursor: Any, statement: str, parameters: Any, context: Any) -> bool:
+        """The same without spans, in one piece and as short as can be."""
+        if get_current() or context.executemany:
+            return self._do_execute(cursor, statement, parameters, context)
+        if not context.root_connection.in_transaction():
+            return False
+        known = self._known(statement[: LONGEST + 1], bool(parameters), False)
+        began = perf_counter()
+        try:
+            self._run("do_execute", (cursor, statement, parameters, context))
+        except BaseException as error:
+            self._failed(known, None, perf_counter() - began, error, get_current(), None)
+            raise
+        if not known.quiet and known.duration is not None:
+            known.duration.record(perf_counter() - began)
+        return True
 
     def _do_executemany(self, cursor: Any, statement: str, parameters: Any, context: Any) -> bool:
         args = (cursor, statement, parameters, context)
@@ -264,5 +280,5 @@ class Statements:
             literals=self._parameters,
         )
         if self._durations is not None:
-            found = replace(found, duration=Recorder(self._durations, found.measured))
+            found = replace(found, duration=self._durations.of(found.measured))
         return found if self._quick is None else found.within(self._quick.attributes)
