@@ -283,14 +283,14 @@ def _rows(one: Found) -> Iterator[Row]:
         f"at most {MOST_FOR_METRICS}",
         ratio.median <= MOST_FOR_METRICS,
     )
-    for ours, theirs in ((SPANS, THEIRS), (LOGFIRE, THEIRS_IN_LOGFIRE)):
-        yield _against(one, ours, theirs, where)
+    yield _against(one, SPANS, THEIRS, MOST_OF_THEIRS)
+    yield _against(one, LOGFIRE, THEIRS_IN_LOGFIRE, None)  # most of both is Logfire's own span
 
 
-def _against(one: Found, ours: str, theirs: str, where: str) -> Row:
+def _against(one: Found, ours: str, theirs: str, most: float | None) -> Row:
     """What ours adds to a request's CPU, beside what theirs adds."""
     mine = _added(one, ours)
-    what = f"CPU that telemetry adds to a request: {ours}, {where}"
+    what = f"CPU that telemetry adds to a request: {ours}, SQLAlchemy {one.version}"
     if theirs not in one.cpu:
         return Row(what, mine.show(0, "us"), f"{theirs}: does nothing here", "", None)
     others = _added(one, theirs)
@@ -299,8 +299,8 @@ def _against(one: Found, ours: str, theirs: str, where: str) -> Row:
         what,
         f"{mine.show(0, 'us')}; {share:.2f} of theirs",
         f"{theirs}: {others.show(0, 'us')}",
-        f"at most {MOST_OF_THEIRS} of theirs",
-        share <= MOST_OF_THEIRS,
+        "" if most is None else f"at most {most} of theirs",
+        None if most is None else share <= most,
     )
 
 

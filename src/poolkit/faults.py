@@ -123,11 +123,8 @@ _HTTP_STATUS = {
 }
 _RETRY_LATER = 503
 
-_NEVER_SENT = frozenset(
+CONNECTING = frozenset(
     {
-        FaultKind.POOL_TIMEOUT,
-        FaultKind.POOL_OVERLOADED,
-        FaultKind.POOL_DRAINING,
         FaultKind.CONNECT_TIMEOUT,
         FaultKind.CONNECT_REFUSED,
         FaultKind.SERVER_UNREACHABLE,
@@ -139,9 +136,16 @@ _NEVER_SENT = frozenset(
         FaultKind.DATABASE_NOT_FOUND,
         FaultKind.STARTUP_PARAMETER_REFUSED,
         FaultKind.CONNECT_FAILED,
-        FaultKind.CONFIGURATION,
     }
 )
+"""What a connect may fail with."""
+
+_NEVER_SENT = CONNECTING | {
+    FaultKind.POOL_TIMEOUT,
+    FaultKind.POOL_OVERLOADED,
+    FaultKind.POOL_DRAINING,
+    FaultKind.CONFIGURATION,
+}
 
 _OURS: tuple[tuple[type[BaseException], FaultKind], ...] = (
     (errors.PoolOverloaded, FaultKind.POOL_OVERLOADED),

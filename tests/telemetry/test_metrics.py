@@ -35,6 +35,7 @@ from poolkit import (
 )
 from poolkit.errors import ConnectError
 from poolkit.events import CloseReason
+from poolkit.faults import CONNECTING
 from poolkit.telemetry import metrics
 from poolkit.telemetry.attributes import POOL_NAME
 from poolkit.telemetry.catalogue import METRICS, SECONDS, Kind
@@ -317,7 +318,7 @@ class TestCounts:
         engine = make_engine(settings={**given, "pool_ping_timeout": 0.1})
         watch(engine)
         before = measured()["poolkit.connection.open_failures"]
-        assert set(before) == {kind.value for kind in metrics.CONNECTING}
+        assert set(before) == {kind.value for kind in CONNECTING}
         assert set(before.values()) == {0}
         with pytest.raises(ConnectError):
             await use(engine)

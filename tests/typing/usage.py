@@ -13,6 +13,7 @@ from sqlalchemy.ext.asyncio import (
 from sqlalchemy.pool import NullPool
 
 from poolkit import (
+    CheckoutTimedOut,
     ConnectError,
     ConnectionLost,
     ConnectTimeout,
@@ -25,8 +26,11 @@ from poolkit import (
     classify,
     create_async_engine,
     engine_options,
+    observe,
     run_in_transaction,
 )
+from poolkit.telemetry import instrument
+from poolkit.telemetry.prometheus import start_metrics_server
 from poolkit.testing import PostgresServer, postgres
 
 assert_type(create_async_engine(), AsyncEngine)
@@ -71,6 +75,11 @@ async def run() -> None:
 
 
 engine = create_async_engine()
+timeouts: list[CheckoutTimedOut] = []
+assert_type(observe(engine, timeouts.append, [CheckoutTimedOut]), Callable[[], None])
+assert_type(observe(engine, events.append), Callable[[], None])
+assert_type(instrument(engine, spans=False, server_interval=15), Callable[[], None])
+assert_type(start_metrics_server(9464), Callable[[], None])
 sessions = async_sessionmaker(engine)
 
 

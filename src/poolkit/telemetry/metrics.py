@@ -14,7 +14,7 @@ from opentelemetry.metrics import CallbackOptions, CallbackT, Meter, MeterProvid
 from sqlalchemy import Engine
 
 from poolkit.events import CheckedIn, CheckedOut, CloseReason, ConnectionOpened, Observers
-from poolkit.faults import FaultKind
+from poolkit.faults import CONNECTING, FaultKind
 from poolkit.pool import HandoffPool
 from poolkit.pool.base import PoolBase
 from poolkit.pool.stats import Counters
@@ -24,23 +24,6 @@ from poolkit.telemetry.meters import PerProvider, histogram, observable
 from poolkit.telemetry.recorder import Recorders
 
 _log = logging.getLogger("poolkit.telemetry")
-
-CONNECTING = frozenset(
-    {
-        FaultKind.CONNECT_TIMEOUT,
-        FaultKind.CONNECT_REFUSED,
-        FaultKind.SERVER_UNREACHABLE,
-        FaultKind.HOST_NOT_FOUND,
-        FaultKind.TLS_REFUSED,
-        FaultKind.TOO_MANY_CONNECTIONS,
-        FaultKind.SERVER_NOT_READY,
-        FaultKind.AUTHENTICATION_FAILED,
-        FaultKind.DATABASE_NOT_FOUND,
-        FaultKind.STARTUP_PARAMETER_REFUSED,
-        FaultKind.CONNECT_FAILED,
-    }
-)
-"""Faults of connects: there from the start, as 0, so that the first of a kind is seen as a rise."""
 
 Value = tuple[float, Mapping[str, str]]
 """A number, and the attributes that it has besides the pool's own."""
@@ -202,6 +185,7 @@ def _open_failures(counted: list[Counters]) -> list[Value]:
     return [
         (number, {FAULT_KIND: kind.value})
         for kind, number in numbers
+        # 0 from the start for each, so that the first is seen as a rise.
         if number or kind in CONNECTING
     ]
 
