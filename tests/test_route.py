@@ -1,11 +1,14 @@
 """What the route leans on in asyncpg, and that a connection made by it is like any other."""
 
 import asyncio
+import ssl
 
 import asyncpg
 import looptime
 import pytest
+import trustme
 
+from poolkit import AuthenticationFailed, create_async_engine
 from poolkit.route import Route, RoutedConnection, TimeLimit
 
 
@@ -119,3 +122,39 @@ def test_a_second_limit_at_once_is_kept_too() -> None:
         assert ended == ["second", "first"]
 
     on_virtual_time(main)
+
+
+async def test_a_failed_connect_leaves_no_socket(monkeypatch) -> None:
+    """Under TLS neither: no goodbye is waited for, from a peer that has nothing to say any more."""
+    authority, context = trustme.CA(), ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    authority.issue_cert("127.0.0.1").configure_cert(context)
+    done = asyncio.Event()
+
+    async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readexactly(8)  # SSLRequest
+        writer.write(b"S")
+        await writer.start_tls(context)
+        await reader.readexactly(8)
+        fields = b"SFATAL\0VFATAL\0C28P01\0Mno\0\0"
+        writer.write(b"E" + (len(fields) + 4).to_bytes(4, "big") + fields)
+        await done.wait()
+        writer.close()
+
+    loop, made = asyncio.get_running_loop(), []
+    connect = loop.create_connection
+
+    async def seen(*args, **kwargs):
+        transport, protocol = await connect(*args, **kwargs)
+        made.append(transport)
+        return transport, protocol
+
+    monkeypatch.setattr(loop, "create_connection", seen)
+    async with await asyncio.start_server(refuse, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        engine = create_async_engine(f"postgresql://u:p@127.0.0.1:{port}/d?sslmode=require")
+        with pytest.raises(AuthenticationFailed):
+            await engine.connect()
+        await asyncio.sleep(0)
+        assert [each.get_extra_info("socket").fileno() for each in made] == [-1]
+        done.set()
+        await engine.dispose()

@@ -169,9 +169,10 @@ class Opener:
         candidate, silence = trial.candidate, trial.silence
         if candidate.address is not None:
             arguments |= {"host": candidate.address.host, "port": candidate.address.port}
+        route = Route(loop, candidate.endpoint, partial(self._note_answer, silence))
         arguments |= {
             "target_session_attrs": candidate.attrs,
-            "loop": Route(loop, candidate.endpoint, partial(self._note_answer, silence)),
+            "loop": route,
             "connection_class": RoutedConnection,
             "timeout": None,  # the bound stands around all of this
         }
@@ -182,6 +183,9 @@ class Opener:
         silence.begin()
         try:
             connection: DriverConnection = await asyncpg.connect(**arguments)
+        except BaseException:
+            route.abort()
+            raise
         finally:
             silence.end()
         return connection

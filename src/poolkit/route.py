@@ -85,6 +85,15 @@ class Route:
         self._endpoint = endpoint
         self._answered = answered
         self._limit = TimeLimit(loop)
+        self._made: list[asyncio.Transport] = []
+
+    def abort(self) -> None:
+        """Drop what was connected, at once.
+
+        Under TLS the driver's close waits for the peer's goodbye, for longer than a loop may last.
+        """
+        for transport in self._made:
+            transport.abort()
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self.loop, name)
@@ -105,6 +114,7 @@ class Route:
         transport, ear = await self.loop.create_connection(
             lambda: _Ear(factory(), self._answered), *where, **options
         )
+        self._made.append(transport)
         return transport, ear.protocol
 
     async def create_unix_connection(
@@ -114,6 +124,7 @@ class Route:
         transport, ear = await self.loop.create_unix_connection(
             lambda: _Ear(factory(), self._answered), path, **options
         )
+        self._made.append(transport)
         return transport, ear.protocol
 
 
