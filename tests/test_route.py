@@ -80,7 +80,7 @@ async def test_the_drivers_limits_share_one_timer(routed, monkeypatch) -> None:
         await connection.execute("SELECT 1")
     assert len(timers) <= 2
     with pytest.raises(TimeoutError):
-        await connection.fetchval("SELECT pg_sleep(20)", timeout=0.05)
+        await connection.fetchval("SELECT pg_sleep(1)", timeout=0.05)
     connection.terminate()  # asyncpg would take the cancel request to the name
 
 
