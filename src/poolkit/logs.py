@@ -25,6 +25,7 @@ from poolkit import events, reports
 from poolkit.events import Event, Observers
 from poolkit.pool import HandoffPool
 from poolkit.reports import Report
+from poolkit.url import DEFAULT_PORT
 
 INTERVAL = 10.0
 """Seconds that must pass between two lines of the same kind."""
@@ -40,8 +41,6 @@ WANTED = (
     events.ConnectionClosed,
 )
 """What is told here."""
-
-_PORT = 5432
 
 TOLD_ELSEWHERE = (events.LongHolder, events.LongHolderReturned, events.TransactionRetried)
 
@@ -66,7 +65,7 @@ def place(engine: Engine) -> tuple[str, int, str]:
     arguments = engine.dialect.create_connect_args(engine.url)[1]
     host, port = _first(arguments.get("host")), _first(arguments.get("port"))
     database = arguments.get("database") or arguments.get("user") or ""
-    return host or "localhost", int(port or _PORT), database
+    return host or "localhost", int(port or DEFAULT_PORT), database
 
 
 def pool_name(engine: Engine) -> str:

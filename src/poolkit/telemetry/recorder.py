@@ -2,8 +2,8 @@
 
 A caller leaves its value, and goes on; what has been left is passed on when the metrics are
 collected, or when it has become much. Then the SDK's sums are found once for all values, where for
-each of them it would copy and hash the attributes. A value that may become an exemplar, which it
-is inside a span, goes by the API at once.
+each of them it would copy and hash the attributes. A notable value inside a span, which may become
+an exemplar, goes by the API at once.
 
 Leans on the SDK asking its observable instruments before it collects the others, and on how it
 finds a value's sums, without which values go by the API; ``tests/telemetry/test_recorder.py`` fails
