@@ -24,6 +24,8 @@ LAYERS = (
         "logs",
         "attempts",
         "transactions",
+        "sessions",
+        "registry",
     },
     {"testing"},
     {"cli", "pytest_plugin", "telemetry"},

@@ -3,7 +3,9 @@
 import ssl
 from typing import Any
 
+import asyncpg
 import pytest
+from sqlalchemy import make_url
 from sqlalchemy.ext.asyncio import create_async_engine as sqlalchemys_own
 from sqlalchemy.pool import AsyncAdaptedQueuePool, NullPool, StaticPool
 
@@ -12,6 +14,7 @@ from poolkit import (
     DatabaseSettings,
     EngineOptions,
     HandoffPool,
+    connect_kwargs,
     engine_options,
 )
 
@@ -228,3 +231,57 @@ def test_refuses_what_cannot_work(settings, kwargs, says) -> None:
     """Arguments against the pooler's mode, and malformed ones, when the engine is made."""
     with pytest.raises(ConfigurationError, match=says):
         options(settings=settings, **kwargs)
+
+
+# -- connect_kwargs ------------------------------------------------------------------------------
+
+
+async def test_raw_asyncpg_gets_what_the_engine_has(tls_server):
+    """TLS, timeouts, application name and the session's settings."""
+    settings = DatabaseSettings(
+        url=f"{tls_server.url}?sslmode=verify-full&sslrootcert={tls_server.ca_file}",
+        application_name="listener",
+        statement_timeout=7,
+    )
+
+    connection = await asyncpg.connect(**connect_kwargs(settings, server_settings={"jit": "off"}))
+    shown = [
+        await connection.fetchval(f"SHOW {name}")
+        for name in ("application_name", "statement_timeout", "jit")
+    ]
+    encrypted = "SELECT ssl FROM pg_stat_ssl WHERE pid = pg_backend_pid()"
+    assert (*shown, await connection.fetchval(encrypted)) == ("listener", "7s", "off", True)
+    await connection.close()
+
+
+async def test_raw_asyncpg_takes_a_password_callable_and_a_socket(server):
+    async def password():
+        return server.password
+
+    settings = DatabaseSettings(url=server.socket_url)
+    connection = await asyncpg.connect(**connect_kwargs(settings, password=password))
+    assert await connection.fetchval("SELECT 1") == 1
+    await connection.close()
+
+
+async def test_raw_asyncpg_takes_several_hosts(server):
+    """The first refuses, the second answers; one has no port of its own."""
+    url = make_url(server.url).set(host=None, port=None)
+    settings = DatabaseSettings(
+        url=url.update_query_dict({"host": f"127.0.0.1:1,127.0.0.1:{server.port}"})
+    )
+    connection = await asyncpg.connect(**connect_kwargs(settings))
+    await connection.close()
+
+    several = connect_kwargs(DatabaseSettings(url="postgresql://u:p@h1:1,h2/d"))
+    assert (several["host"], several["port"]) == (["h1", "h2"], [1, 5432])
+
+
+def test_what_a_pooler_refuses_is_left_out():
+    """PgBouncer takes the application name only."""
+    settings = DatabaseSettings(url="postgresql://u@h/d", pooler="transaction")
+
+    found = connect_kwargs(settings)
+
+    assert found["server_settings"].keys() == {"application_name"}
+    assert found["statement_cache_size"] == 0

@@ -1,132 +1,118 @@
-"""The engine that an async Python service on PostgreSQL imports instead of writing its own."""
+"""The engine that an async Python service on PostgreSQL imports instead of writing its own.
 
-from poolkit._version import __version__
-from poolkit.engine import create_async_engine
-from poolkit.errors import (
-    AuthenticationFailed,
-    CertificateNotTrusted,
-    ConfigurationError,
-    ConnectError,
-    ConnectionLost,
-    ConnectRefused,
-    ConnectTimeout,
-    DatabaseNotFound,
-    DeadlineExceeded,
-    DeadlockDetected,
-    Failure,
-    HostNotFound,
-    IdleInTransactionTimeout,
-    Interrupted,
-    LockTimeout,
-    PasswordUnavailable,
-    PoolDraining,
-    PoolOverloaded,
-    PoolTimeout,
-    ReadOnlyServer,
-    SerializationFailure,
-    ServerNotReady,
-    ServerUnreachable,
-    StalePlan,
-    StartupParameterRefused,
-    StatementTimeout,
-    TLSRefused,
-    TooManyConnections,
-    TransactionAborted,
-    TransactionTimeout,
-    WrongEventLoop,
-)
-from poolkit.events import (
-    CheckedIn,
-    CheckedOut,
-    CheckoutRefused,
-    CheckoutTimedOut,
-    CloseReason,
-    ConnectionClosed,
-    ConnectionInvalidated,
-    ConnectionOpened,
-    ConnectionOpenFailed,
-    Event,
-    LongHolder,
-    LongHolderReturned,
-    Observer,
-    OverloadBegan,
-    OverloadEnded,
-    TransactionRetried,
-)
-from poolkit.faults import Fault, FaultKind, Outcome, classify
-from poolkit.lifecycle import WarmUpReport, drain, observe, pool_stats, warm_up
-from poolkit.options import EngineOptions, engine_options
-from poolkit.pool import DrainReport, HandoffPool, PoolStats
-from poolkit.settings import DatabaseSettings
-from poolkit.sources import MisspeltSetting, SettingsWarning
-from poolkit.transactions import run_in_transaction
+Nothing is loaded before it is used; type checkers read ``__init__.pyi``.
+"""
 
-__all__ = [
-    "AuthenticationFailed",
-    "CertificateNotTrusted",
-    "CheckedIn",
-    "CheckedOut",
-    "CheckoutRefused",
-    "CheckoutTimedOut",
-    "CloseReason",
-    "ConfigurationError",
-    "ConnectError",
-    "ConnectRefused",
-    "ConnectTimeout",
-    "ConnectionClosed",
-    "ConnectionInvalidated",
-    "ConnectionLost",
-    "ConnectionOpenFailed",
-    "ConnectionOpened",
-    "DatabaseNotFound",
-    "DatabaseSettings",
-    "DeadlineExceeded",
-    "DeadlockDetected",
-    "DrainReport",
-    "EngineOptions",
-    "Event",
-    "Failure",
-    "Fault",
-    "FaultKind",
-    "HandoffPool",
-    "HostNotFound",
-    "IdleInTransactionTimeout",
-    "Interrupted",
-    "LockTimeout",
-    "LongHolder",
-    "LongHolderReturned",
-    "MisspeltSetting",
-    "Observer",
-    "Outcome",
-    "OverloadBegan",
-    "OverloadEnded",
-    "PasswordUnavailable",
-    "PoolDraining",
-    "PoolOverloaded",
-    "PoolStats",
-    "PoolTimeout",
-    "ReadOnlyServer",
-    "SerializationFailure",
-    "ServerNotReady",
-    "ServerUnreachable",
-    "SettingsWarning",
-    "StalePlan",
-    "StartupParameterRefused",
-    "StatementTimeout",
-    "TLSRefused",
-    "TooManyConnections",
-    "TransactionAborted",
-    "TransactionRetried",
-    "TransactionTimeout",
-    "WarmUpReport",
-    "WrongEventLoop",
-    "__version__",
-    "classify",
-    "create_async_engine",
-    "drain",
-    "engine_options",
-    "observe",
-    "pool_stats",
-    "run_in_transaction",
-    "warm_up",
-]
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+_NAMES = {
+    "_version": ("__version__",),
+    "engine": ("create_async_engine",),
+    "errors": (
+        "AuthenticationFailed",
+        "CertificateNotTrusted",
+        "ConfigurationError",
+        "ConnectError",
+        "ConnectRefused",
+        "ConnectTimeout",
+        "ConnectionLost",
+        "DatabaseNotFound",
+        "DeadlineExceeded",
+        "DeadlockDetected",
+        "Failure",
+        "HostNotFound",
+        "IdleInTransactionTimeout",
+        "Interrupted",
+        "LockTimeout",
+        "PasswordUnavailable",
+        "PoolDraining",
+        "PoolOverloaded",
+        "PoolTimeout",
+        "ReadOnlyServer",
+        "SerializationFailure",
+        "ServerNotReady",
+        "ServerUnreachable",
+        "StalePlan",
+        "StartupParameterRefused",
+        "StatementTimeout",
+        "TLSRefused",
+        "TooManyConnections",
+        "TransactionAborted",
+        "TransactionTimeout",
+        "WrongEventLoop",
+    ),
+    "events": (
+        "CheckedIn",
+        "CheckedOut",
+        "CheckoutRefused",
+        "CheckoutTimedOut",
+        "CloseReason",
+        "ConnectionClosed",
+        "ConnectionInvalidated",
+        "ConnectionOpenFailed",
+        "ConnectionOpened",
+        "Event",
+        "LongHolder",
+        "LongHolderReturned",
+        "Observer",
+        "OverloadBegan",
+        "OverloadEnded",
+        "TransactionRetried",
+    ),
+    "faults": (
+        "Fault",
+        "FaultKind",
+        "Outcome",
+        "classify",
+    ),
+    "lifecycle": (
+        "WarmUpReport",
+        "drain",
+        "observe",
+        "pool_stats",
+        "warm_up",
+    ),
+    "options": (
+        "EngineOptions",
+        "connect_kwargs",
+        "engine_options",
+    ),
+    "pool": (
+        "DrainReport",
+        "HandoffPool",
+        "PoolStats",
+    ),
+    "registry": (
+        "dispose_engines",
+        "get_engine",
+        "get_sessionmaker",
+        "session",
+    ),
+    "settings": ("DatabaseSettings",),
+    "sources": (
+        "MisspeltSetting",
+        "SettingsWarning",
+    ),
+    "transactions": ("run_in_transaction",),
+}
+"""What is public, by the module that has it."""
+
+_ORIGINS = {name: module for module, names in _NAMES.items() for name in names}
+
+__all__ = sorted(_ORIGINS)  # noqa: PLE0605 (a list, as it must be)
+
+
+def __getattr__(name: str) -> Any:
+    module = _ORIGINS.get(name)
+    if module is not None:
+        value = globals()[name] = getattr(import_module(f"poolkit.{module}"), name)
+        return value
+    if not name.startswith("__") and find_spec(f"poolkit.{name}") is not None:
+        return import_module(f"poolkit.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

@@ -19,18 +19,18 @@ from sqlalchemy import Connection, event
 from sqlalchemy import exc as sa_exc
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, async_sessionmaker
 
-from poolkit import reports
+from poolkit import reports, sessions
 from poolkit.driver import is_ours
 from poolkit.errors import (
     ConfigurationError,
     DeadlineExceeded,
     Outcome,
-    TransactionAborted,
     find_sqlstate,
 )
 from poolkit.events import TransactionRetried
 from poolkit.faults import Fault, FaultKind, classify
 from poolkit.pool import HandoffPool
+from poolkit.sessions import IN_FAILED_TRANSACTION
 
 if TYPE_CHECKING:
     from tenacity import AsyncRetrying, RetryCallState
@@ -41,7 +41,6 @@ FIRST_PAUSE = 0.05
 """Seconds that the first pause lasts at most; each further one may be twice as long."""
 LONGEST_PAUSE = 2.0
 
-_IN_FAILED_TRANSACTION = "25P02"
 _THE_DATABASES = (
     sa_exc.SQLAlchemyError,
     asyncpg.PostgresError,
@@ -412,8 +411,10 @@ class Run(Generic[T]):
         )
 
     def _failed(self, error: Exception, watch: _Watch) -> _Attempt[T]:
-        if watch.phase is _Phase.COMMITTING and find_sqlstate(error) == _IN_FAILED_TRANSACTION:
-            return _Attempt(error=_aborted(error))
+        if watch.phase is _Phase.COMMITTING and find_sqlstate(error) == IN_FAILED_TRANSACTION:
+            aborted = sessions.aborted(error)
+            aborted.__cause__ = error
+            return _Attempt(error=aborted)
         return _Attempt(error=error, fault=self._passing_fault(error, watch))
 
     def _passing_fault(self, error: Exception, watch: _Watch) -> Fault | None:
@@ -431,15 +432,6 @@ class Run(Generic[T]):
         if not fault.retryable or watch.was_ended_by_sql():
             return None
         return fault
-
-
-def _aborted(error: Exception) -> TransactionAborted:
-    aborted = TransactionAborted(None, None, error)
-    aborted.__cause__ = error
-    return aborted.explained(
-        "nothing was committed: a statement of the work failed, the work went on, and the server"
-        " had aborted the transaction"
-    )
 
 
 def _last_attempt(state: RetryCallState) -> Any:

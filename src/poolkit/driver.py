@@ -84,8 +84,12 @@ class DriverConnection(asyncpg.Connection):
 
     def shut_socket(self) -> None:
         """End the session at once where there is no event loop any more to do it in good order."""
-        with contextlib.suppress(OSError):
-            self._network.get_extra_info("socket").shutdown(socket.SHUT_RDWR)
+        found = self._network.get_extra_info("socket")
+        with (
+            contextlib.suppress(OSError),
+            socket.fromfd(found.fileno(), found.family, found.type) as own,  # uvloop's cannot
+        ):
+            own.shutdown(socket.SHUT_RDWR)
 
     def limit_next_transaction(self, seconds: float) -> None:
         """Have the next BEGIN set this statement timeout, in the same round trip."""

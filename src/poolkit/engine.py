@@ -50,7 +50,7 @@ def create_async_engine(
     """
     if settings is not None and url is not None:
         raise ConfigurationError("give either url or settings: the settings hold a URL already")
-    settings = settings if settings is not None else _from_environment(url)
+    settings = settings if settings is not None else read_environment(url)[0]
     made = engine_options(
         settings,
         password=password,
@@ -68,9 +68,17 @@ def create_async_engine(
     return engine
 
 
-def _from_environment(url: str | URL | SecretStr | None) -> DatabaseSettings:
+def read_environment(
+    url: str | URL | SecretStr | None = None,
+) -> tuple[DatabaseSettings, dict[str, str]]:
+    """The settings, and where each value that is no default came from.
+
+    Raises:
+        ConfigurationError: Every problem that there is.
+    """
+    arguments: dict[str, Any] = {} if url is None else {"url": url}
     try:
-        return DatabaseSettings() if url is None else DatabaseSettings(url=url)  # type: ignore[arg-type]
+        return DatabaseSettings.with_origins(**arguments)
     except ValidationError as error:
         problems = [detail["msg"] for detail in error.errors(include_url=False)]
         raise ConfigurationError("\n".join(problems)) from None

@@ -111,4 +111,6 @@ def _pool(engine: AsyncEngine | Engine) -> HandoffPool:
             f"the engine's pool is {type(engine.pool).__name__}, which has no such interface:"
             " leave out poolclass=, or pass poolkit.pool.HandoffPool"
         )
-    return engine.pool
+    if engine.pool.serving is None or asyncio._get_running_loop() is None:  # noqa: SLF001 (public in all but name)
+        return engine.pool
+    return engine.pool.here()

@@ -28,7 +28,7 @@ from poolkit.parameters import UrlParameters, parse_duration
 from poolkit.pool import HandoffPool
 from poolkit.settings import DatabaseSettings
 from poolkit.tls import TLSOptions
-from poolkit.url import DatabaseUrl
+from poolkit.url import DEFAULT_PORT, DatabaseUrl
 
 Password = str | SecretStr | Callable[[], str | Awaitable[str]]
 
@@ -109,6 +109,41 @@ def engine_options(
     return EngineOptions(
         url.sqlalchemy(), defaults | engine_kwargs | {"connect_args": connect_args}
     )
+
+
+def connect_kwargs(
+    settings: DatabaseSettings,
+    *,
+    password: Password | None = None,
+    server_settings: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The keyword arguments for asyncpg's own ``connect``, as for a LISTEN or a COPY.
+
+    The same address, TLS, timeouts and application name as the engine's; without its retries and
+    its detection of poolers. Opens no connection; reads certificate files.
+
+    Args:
+        settings: The configuration.
+        password: In place of the settings' own: a string, or a callable, sync or async.
+        server_settings: PostgreSQL settings for the session, such as ``{"jit": "off"}``.
+
+    Raises:
+        ConfigurationError: Something cannot be honoured; names it and the remedy.
+    """
+    url, kwargs = engine_options(settings, password=password, server_settings=server_settings)
+    arguments = url.translate_connect_args(username="user") | kwargs["connect_args"]
+    if settings.pooler == "transaction":  # which refuses the others
+        session = arguments["server_settings"]
+        arguments["server_settings"] = {k: session[k] for k in session.keys() & STARTUP_SAFE}
+    if isinstance(arguments.get("port"), list):
+        arguments["port"] = [port or DEFAULT_PORT for port in arguments["port"]]
+    return {name: value for name, value in arguments.items() if name not in _SQLALCHEMYS_OWN}
+
+
+_SQLALCHEMYS_OWN = frozenset(
+    {"async_creator_fn", "prepared_statement_cache_size", "prepared_statement_name_func"}
+)
+"""Connect arguments that its dialect takes out before it calls asyncpg."""
 
 
 def _pop_settings(connect_args: dict[str, Any]) -> dict[str, Any]:

@@ -40,6 +40,9 @@ _OTHER_NAMES = {
 _SHORT = 4
 """Letters up to which one slip changes much of a name."""
 
+ENVIRONMENT, DOTENV, PARAMETERS = "environment", ".env", "the URL's parameters"
+"""Origins of values; each other one is a file's or an argument's."""
+
 prefix: ContextVar[str] = ContextVar("prefix", default="DATABASE_")
 """The prefix of the settings under construction; messages name variables by it."""
 
@@ -124,14 +127,14 @@ class Layered(PydanticBaseSettingsSource):
             if "url" in values and values["url"] is url:
                 for name, value in self._url_fields(url).items():
                     if values.setdefault(name, value) is value and origins is not None:
-                        origins.setdefault(name, "the URL's parameters")
+                        origins.setdefault(name, PARAMETERS)
         self._warn_misspelt(self._environment.env_vars, "the environment")
         self._warn_misspelt(self._dotenv.env_vars, ".env")
         return values
 
     def _layers(self) -> Iterator[tuple[str, dict[str, Any]]]:
         yield "argument", self._argument()
-        for label, source in (("environment", self._environment), (".env", self._dotenv)):
+        for label, source in ((ENVIRONMENT, self._environment), (DOTENV, self._dotenv)):
             found = self._known(source())
             self._drop_service_link(found)
             yield label, found

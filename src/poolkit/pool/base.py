@@ -98,6 +98,7 @@ class PoolBase(Pool):
         self._on_checkin = self.observers.wanting(events.CheckedIn)
         self.counters = Counters()
         self.lineage: list[weakref.ref[PoolBase]] = [weakref.ref(self)]
+        self.serving: Serving | None = None
         unlimited = pool_size == 0 or max_overflow < 0
         self._limit: float = math.inf if unlimited else pool_size + max_overflow
         self._kept: float = pool_size or math.inf
@@ -179,7 +180,7 @@ class PoolBase(Pool):
             _dispatch=self.dispatch,
             dialect=self._dialect,
         )
-        new.counters, new.lineage = self.counters, self.lineage
+        new.counters, new.lineage, new.serving = self.counters, self.lineage, self.serving
         living = [each for each in self.lineage if each() is not None]
         self.lineage[:] = [*living, weakref.ref(new)]  # at once: other threads read it
         self._replaced = True  # what is still waiting here is served, and nothing is kept
@@ -201,13 +202,36 @@ class PoolBase(Pool):
             limit=None if unlimited else int(self._limit),
             utilisation=0.0 if unlimited else len(self._held) / self._limit,
             overloaded=self.serves_newest_first(),
+            draining=self._draining,
             closed=frozen(self.counters.closed),
             **_counted(self.counters),
         )
 
     # -- The loop it lives on --------------------------------------------------------------
 
+    def here(self) -> Self:
+        """The pool for the running event loop: another one where the engine serves several."""
+        loop = asyncio.get_running_loop()
+        if loop is self._loop or self.serving is None:
+            return self
+        serving: Self = self.serving(loop)
+        return serving
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop | None:
+        """The event loop that it was used on last; None before its first use."""
+        return self._loop
+
+    def abandon(self) -> None:
+        """Drop every connection and start anew: their event loop is closed."""
+        for record in [*self._idle, *self._held]:
+            self._closed(record, CloseReason.DISPOSED)
+            record.drop()
+        self._reset_state()
+
     def _bind(self, loop: asyncio.AbstractEventLoop) -> None:
+        if self.serving is not None and self._loop is not None and self._loop.is_closed():
+            self.abandon()
         if self._loop is not None and (self._total() or self._queue):
             raise WrongEventLoop(
                 "this engine's connections belong to another event loop: use one engine per loop,"
@@ -450,6 +474,10 @@ async def _finished(tasks: set[asyncio.Task[Any]]) -> None:
         task.cancel()
     if tasks:
         await asyncio.wait(set(tasks))
+
+
+Serving = Callable[[asyncio.AbstractEventLoop], Any]
+"""Which pool serves an event loop."""
 
 
 def _no_time() -> float:

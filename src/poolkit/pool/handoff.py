@@ -74,6 +74,9 @@ class HandoffPool(PoolBase):
     def _do_get(self) -> ConnectionPoolEntry:
         # The hot path stands here in one piece: each call that it is spared is a tenth of it.
         if _running_loop() is not self._loop:
+            here = self.here()
+            if here is not self:
+                return here._do_get()
             self._bind(asyncio.get_running_loop())
         idle = self._idle
         if idle and not self._line and not self._draining:

@@ -56,6 +56,7 @@ class PoolStats:
         limit: Current. Connections at most, overflow included; None is unlimited.
         utilisation: Current. ``used`` as a fraction of ``limit``; 0 if unlimited.
         overloaded: Current. Whether the newest in line are served first.
+        draining: Current. Whether it gives out no connection any more.
         checkouts: Cumulative. Connections given out.
         waits: Cumulative. Those of them that had to wait.
         wait_seconds: Cumulative. Seconds they waited.
@@ -82,6 +83,7 @@ class PoolStats:
     limit: int | None
     utilisation: float
     overloaded: bool
+    draining: bool
     checkouts: int
     waits: int
     wait_seconds: float
