@@ -302,6 +302,22 @@ def test_a_drained_engine_ends_with_its_loop(settings):
     assert sessions_of(settings) == 0
 
 
+def test_a_virtual_clock_does_not_end_it(settings):
+    """One that goes on to the next timer where nothing else is to be done."""
+
+    async def work():
+        engine = await one(settings)
+        loop = asyncio.get_running_loop()
+        later = loop.time() + 11 * 365 * 86_400
+        loop.time = lambda: later
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        del loop.time
+        return get_engine(settings) is engine, pool_stats(engine).idle
+
+    assert asyncio.run(work()) == (True, 1)
+
+
 # -- Without a loop ----------------------------------------------------------------------------
 
 

@@ -9,7 +9,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterable
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from typing import Any, Self
 
 from sqlalchemy.pool import Pool
@@ -24,23 +24,6 @@ from poolkit.pool.connects import Connects
 from poolkit.pool.queue import WaitQueue
 from poolkit.pool.record import PooledRecord
 from poolkit.pool.stats import Counters, PoolStats, frozen
-
-
-@dataclass(frozen=True, slots=True)
-class DrainReport:
-    """How a drain went.
-
-    Attributes:
-        seconds: How long it took.
-        closed: Connections that were closed in good order.
-        terminated: Connections still in use when the time was up, and dropped.
-        refused: Callers in the queue that were turned away.
-    """
-
-    seconds: float
-    closed: int
-    terminated: int
-    refused: int
 
 
 class PoolBase(Pool):
@@ -412,46 +395,6 @@ class PoolBase(Pool):
             with contextlib.suppress(RuntimeError):  # closed in the meantime
                 self._loop.call_soon_threadsafe(record.drop)
 
-    async def drain(self, timeout: float) -> DrainReport:
-        """Give out nothing any more, wait for what is in use, drop the rest.
-
-        Args:
-            timeout: Seconds to wait for connections in use.
-        """
-        loop = asyncio.get_running_loop()
-        if loop is not self._loop:
-            self._bind(loop)
-        began, closed = self._time(), sum(self.counters.closed.values())
-        self._draining = True
-        self._let_held_expire()
-        self._connects.stop_probing()
-        refused = self._refuse_all()
-        for record in list(self._idle):
-            self.close_idle(record, CloseReason.DRAINED)
-        stragglers = await self._wait_until_unused(timeout)
-        if stragglers:
-            self._spawn(self._end_sessions(stragglers))
-        await _finished(self._tasks)
-        for record in stragglers:
-            record.terminate()
-        self._stop_keeper()
-        ended = sum(self.counters.closed.values()) - closed
-        return DrainReport(self._time() - began, ended, len(stragglers), refused)
-
-    def _refuse_all(self) -> int:
-        raise NotImplementedError
-
-    async def _end_sessions(self, records: list[PooledRecord]) -> None:
-        """Have the server end them; a statement that runs does not notice a dropped socket."""
-        raise NotImplementedError
-
-    async def _wait_until_unused(self, timeout: float) -> list[PooledRecord]:
-        if self._held:
-            if self._drained is None:
-                self._drained = asyncio.get_running_loop().create_future()
-            await asyncio.wait({self._drained}, timeout=timeout)
-        return list(self._held)
-
     def forget(self) -> object:
         """Start anew in a forked child; returns what must outlive it there."""
         parents = (self._idle, self._held, self._connects, self._tasks, self._queue, self._loop)
@@ -462,18 +405,6 @@ class PoolBase(Pool):
         timer, self.keeper_timer = self.keeper_timer, None
         if timer is not None:
             timer.cancel()
-
-
-async def _finished(tasks: set[asyncio.Task[Any]]) -> None:
-    """Wait until none is left, those that begin meanwhile too; after 2 s end what is left."""
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(CLOSE_TIMEOUT):
-            while tasks:
-                await asyncio.wait(set(tasks))
-    for task in set(tasks):
-        task.cancel()
-    if tasks:
-        await asyncio.wait(set(tasks))
 
 
 Serving = Callable[[asyncio.AbstractEventLoop], Any]

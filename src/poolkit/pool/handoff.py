@@ -13,12 +13,12 @@ from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 from sqlalchemy.util import await_only
 
 from poolkit import events
-from poolkit.driver import CLOSE_TIMEOUT
 from poolkit.errors import PoolDraining, PoolOverloaded, PoolTimeout, describe
 from poolkit.events import CloseReason, notify
-from poolkit.pool import keeper, liveness
+from poolkit.pool import draining, keeper, liveness
 from poolkit.pool.base import PoolBase
 from poolkit.pool.connects import Connects
+from poolkit.pool.draining import DrainReport
 from poolkit.pool.queue import Waiter
 from poolkit.pool.record import PooledRecord
 
@@ -408,25 +408,13 @@ class HandoffPool(PoolBase):
         if self.observers.wanting(events.OverloadEnded):
             self.observers.notify(events.OverloadEnded(self._time() - since))
 
-    def _refuse_all(self) -> int:
-        waiting = list(self._queue.in_turn())
-        for waiter in waiting:
-            self._fail(waiter, self._refused(PoolDraining("the engine is being drained")))
-        return len(waiting)
+    async def drain(self, timeout: float) -> DrainReport:
+        """Give out nothing any more, wait for what is in use, drop the rest.
 
-    async def _end_sessions(self, records: list[PooledRecord]) -> None:
-        pids = [pid for record in records if (pid := record.session_pid()) is not None]
-        if not pids:
-            return
-        try:
-            helper = await self._connects.make()
-        except Exception:  # noqa: BLE001 (logged; what is left to do is done without)
-            _log.warning("no connection to end %d sessions with", len(pids), exc_info=True)
-            return
-        try:
-            await helper.end_sessions(pids)
-        finally:
-            await helper.close_within(CLOSE_TIMEOUT)
+        Args:
+            timeout: Seconds to wait for connections in use.
+        """
+        return await draining.drain(self, timeout)
 
     # -- Told by SQLAlchemy ----------------------------------------------------------------
 
