@@ -233,6 +233,11 @@ def test_refuses_what_cannot_work(settings, kwargs, says) -> None:
         options(settings=settings, **kwargs)
 
 
+def test_no_poolclass_is_the_default_one() -> None:
+    """None is what SQLAlchemy takes as not given."""
+    assert options(poolclass=None).kwargs["poolclass"] is HandoffPool
+
+
 # -- connect_kwargs ------------------------------------------------------------------------------
 
 

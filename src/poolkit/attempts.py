@@ -191,6 +191,7 @@ class _Watch:
         self.refusal: sa_exc.InvalidRequestError | None = None
         self._connections: list[Connection] = []
         self._committing: list[Connection] = []
+        self._was_ended = False
 
     def session_began(self, _session: Any, _transaction: Any, connection: Connection) -> None:
         """Called by a session with each connection that it takes."""
@@ -210,6 +211,7 @@ class _Watch:
         if connection not in self._connections:
             self._connections.append(connection)
             event.listen(connection, "commit", self._before_commit)
+            event.listen(connection, "rollback", self._before_rollback)
 
     def work_is_done(self) -> None:
         """The work is done; raises what it was told if it tried to commit itself."""
@@ -221,6 +223,7 @@ class _Watch:
         """Leave the connections alone; one that a session was bound to lives on."""
         for connection in self._connections:
             event.remove(connection, "commit", self._before_commit)
+            event.remove(connection, "rollback", self._before_rollback)
 
     def _before_commit(self, connection: Connection) -> None:
         try:
@@ -228,6 +231,10 @@ class _Watch:
         except BaseException:
             _roll_back(connection)
             raise
+
+    def _before_rollback(self, connection: Connection) -> None:
+        # A flush that fails rolls back by itself; afterwards nobody can tell.
+        self._was_ended = self._was_ended or _is_ended(connection)
 
     def _let_commit(self, connection: Connection) -> None:
         if self.phase is not _Phase.COMMITTING:
@@ -247,16 +254,22 @@ class _Watch:
         """Whether the server answers outside of a transaction, as after a COMMIT sent as text."""
         if self.phase is not _Phase.WORKING:
             return False
-        present = [c for c in self._connections if not c.closed and not c.invalidated]
-        drivers = [connection.connection.driver_connection for connection in present]
-        return any(
-            isinstance(driver, asyncpg.Connection) and not driver.is_in_transaction()
-            for driver in drivers
+        return self._was_ended or any(
+            connection.in_transaction() and _is_ended(connection)
+            for connection in self._connections
         )
 
     def has_committed(self) -> bool:
         """Whether one has, and yet there is an error: of a second engine, or of a listener."""
         return any(connection.get_transaction() is None for connection in self._committing)
+
+
+def _is_ended(connection: Connection) -> bool:
+    """Whether the server is in no transaction any more."""
+    if connection.closed or connection.invalidated:
+        return False
+    driver = connection.connection.driver_connection
+    return isinstance(driver, asyncpg.Connection) and not driver.is_in_transaction()
 
 
 def _roll_back(connection: Connection) -> None:

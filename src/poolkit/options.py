@@ -106,6 +106,8 @@ def engine_options(
     )
     pool = _pool_defaults(settings, engine_kwargs, connect_args.get("timeout"), watching)
     defaults = _engine_defaults(settings) | pool
+    if engine_kwargs.get("poolclass", 0) is None:
+        del engine_kwargs["poolclass"]  # as to SQLAlchemy: the default
     return EngineOptions(
         url.sqlalchemy(), defaults | engine_kwargs | {"connect_args": connect_args}
     )
