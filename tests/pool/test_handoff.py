@@ -739,6 +739,29 @@ async def test_a_long_holder_is_reported_with_its_task_and_where_it_stands(serve
 
 
 @on_fakes
+async def test_a_holder_that_becomes_long_while_another_is_reported_is_not_forgotten(server):
+    """A report takes time: what is due meanwhile is looked at right after it."""
+    events = []
+    pool = make_pool(
+        server, pool_size=2, leak_threshold=5, observers=[events.append], pool_idle_timeout=0
+    )
+    (first,) = await holding(pool)
+    await asyncio.sleep(0.1)
+    (second,) = await holding(pool)
+
+    def take_time(event):
+        if isinstance(event, LongHolder):
+            clock = pool._time
+            pool._time = lambda: clock() + 0.2
+
+    pool.observers.add(take_time)
+    await asyncio.sleep(6)
+    assert [e.held for e in events if isinstance(e, LongHolder)] == pytest.approx([5, 5.1])
+    await first.give_back()
+    await second.give_back()
+
+
+@on_fakes
 async def test_a_long_holder_is_found_when_nothing_was_opened_for_it(server):
     """The keeper had nothing to do before this checkout."""
     events = []

@@ -30,17 +30,17 @@ LONGEST_NAP = 5.0
 def start(pool: HandoffPool) -> None:
     """Have the keeper look at the pool, if it has anything to do and is not waiting already."""
     if pool.keeper_timer is None:
-        _schedule(pool)
+        _schedule(pool, pool.now())
 
 
-def _schedule(pool: HandoffPool) -> None:
+def _schedule(pool: HandoffPool, looked: float) -> None:
     interval = _shortest_interval(pool)
     if interval == math.inf or not (pool.min_idle or pool.has_connections()):
         return  # the next connection that is opened starts the keeper again
+    # What was due at the last look and is still there is kept for a reason, as the minimum idle.
+    due = min((time for time in _due_times(pool) if time > looked), default=math.inf)
     # Nothing that begins after now can be due before the shortest interval has passed.
-    due = min(_due_times(pool), default=math.inf) - pool.now()
-    # What is past due and still there is kept for a reason, such as the minimum idle.
-    nap = min(due, interval) if due > 0 else interval
+    nap = min(max(due - pool.now(), 0.0), interval)
     loop = asyncio.get_running_loop()
     pool.keeper_timer = loop.call_later(nap, _tick, weakref.ref(pool))
 
@@ -79,7 +79,7 @@ def _tick(reference: weakref.ref[HandoffPool]) -> None:
     if pool.leak_threshold:
         for record in [r for r in pool.held() if _is_long_held(pool, r, now)]:
             _report(pool, record, now)
-    _schedule(pool)
+    _schedule(pool, now)
 
 
 def _close_old(pool: HandoffPool, now: float) -> None:
