@@ -55,5 +55,5 @@ $(READY): pyproject.toml requirements-dev.txt
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade "pip>=25.1"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
-	  --constraint requirements-dev.txt --editable ".[all]" --group dev
+	  --constraint requirements-dev.txt --editable ".[all]" --group dev --group recipes
 	@touch $@

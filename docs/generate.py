@@ -27,7 +27,7 @@ DOCS = Path(__file__).parent
 ROOT = DOCS.parent
 PAGES = (ROOT / "README.md", *sorted(DOCS.rglob("*.md")))
 CUT = "# The rest only shows that it works."
-INCLUSION = re.compile(r"<!-- example: (\w+\.py) -->\n```python\n.*?```\n", re.DOTALL)
+INCLUSION = re.compile(r"<!-- example: ([\w/]+\.py) -->\n```python\n.*?```\n", re.DOTALL)
 GENERATED = "<!-- Written by docs/generate.py from the code: change it there. -->\n\n"
 
 GROUPS = {

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import poolkit
 
 SOURCE = Path(poolkit.__file__).parent
@@ -28,9 +30,11 @@ LAYERS = (
         "registry",
     },
     {"testing"},
-    {"cli", "pytest_plugin", "telemetry"},
+    {"cli", "fastapi", "pytest_plugin", "telemetry"},
 )
-LEAVES = {"cli", "pytest_plugin", "telemetry", "testing"}
+HEAVY = {"typer", "rich", "logfire", "fastapi", "opentelemetry", "pytest"}
+HEAVY |= {"poolkit.testing", "poolkit.cli", "poolkit.fastapi", "poolkit.telemetry"}
+LEAVES = {"cli", "fastapi", "pytest_plugin", "telemetry", "testing"}
 
 
 def layer(module: str) -> int:
@@ -80,12 +84,18 @@ def test_only_the_demo_needs_a_server() -> None:
             assert not imports(path) & LEAVES, path
 
 
-def test_importing_poolkit_loads_nothing_it_does_not_need() -> None:
-    """No command line, no telemetry, no web framework, no test tool."""
-    code = (
-        "import sys, poolkit; print([name for name in ('typer', 'rich', 'logfire', 'fastapi',"
-        " 'opentelemetry', 'pytest', 'poolkit.testing', 'poolkit.cli') if name in sys.modules])"
-    )
+@pytest.mark.parametrize(
+    ("statement", "not_needed"),
+    [
+        ("import poolkit", {"sqlalchemy", "asyncpg", "pydantic", "poolkit.engine"}),
+        ("import poolkit.pytest_plugin", {"sqlalchemy", "asyncpg", "pydantic", "poolkit.testing"}),
+        ("from poolkit import create_async_engine", HEAVY),
+        ("from poolkit import *", HEAVY),
+    ],
+)
+def test_an_import_loads_nothing_it_does_not_need(statement: str, not_needed: set[str]) -> None:
+    """No command line, no telemetry, no web framework, no test tool; at first nothing at all."""
+    code = f"import sys\n{statement}\nprint(sorted({not_needed!r} & sys.modules.keys()))"
     # Where Logfire is installed, it has pydantic load it.
     env = os.environ | {"PYDANTIC_DISABLE_PLUGINS": "__all__"}
     printed = subprocess.run(
@@ -98,3 +108,24 @@ def test_the_root_is_curated() -> None:
     """``__all__`` is sorted and names what is there."""
     assert poolkit.__all__ == sorted(poolkit.__all__)
     assert all(hasattr(poolkit, name) for name in poolkit.__all__)
+    assert set(poolkit.__all__) <= set(dir(poolkit))
+
+
+def test_type_checkers_see_the_same_root() -> None:
+    """``__init__.pyi`` has the names of ``__init__.py``, from the same modules."""
+    tree = ast.parse((SOURCE / "__init__.pyi").read_text())
+    stated = {
+        alias.name: (node.module or "").removeprefix("poolkit.")
+        for node in tree.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    listed = [ast.literal_eval(n.value) for n in tree.body if isinstance(n, ast.Assign)]
+    assert (stated, listed) == (poolkit._ORIGINS, [poolkit.__all__])
+
+
+def test_a_submodule_is_there_without_an_import_of_its_own() -> None:
+    """``import poolkit; poolkit.errors.PoolTimeout``; what is not there is an AttributeError."""
+    assert poolkit.errors.PoolTimeout is poolkit.PoolTimeout
+    with pytest.raises(AttributeError, match="nothing_of_the_kind"):
+        poolkit.nothing_of_the_kind  # noqa: B018

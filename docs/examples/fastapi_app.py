@@ -1,38 +1,22 @@
 """FastAPI: one engine for the life of the application, one session for each request."""
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from typing import Annotated
-
-from fastapi import Depends, FastAPI, Request
+from fastapi import FastAPI
 from sqlalchemy import text
-from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
-from poolkit import create_async_engine, drain
+from poolkit.fastapi import AutocommitSessionDep, SessionDep, lifespan
 
-
-@asynccontextmanager
-async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-    engine = create_async_engine()
-    app.state.sessions = async_sessionmaker(engine, expire_on_commit=False)
-    yield
-    await drain(engine)
+app = FastAPI(lifespan=lifespan())
 
 
-async def session(request: Request) -> AsyncIterator[AsyncSession]:
-    async with request.app.state.sessions.begin() as opened:
-        yield opened
+@app.put("/notes/{name}")
+async def write(name: str, session: SessionDep) -> str:
+    await session.execute(text("INSERT INTO notes VALUES (:name)"), {"name": name})
+    return name  # committed before the answer is sent
 
 
-# "function": committed, and the connection given back, before the response is sent.
-SessionDep = Annotated[AsyncSession, Depends(session, scope="function")]
-
-app = FastAPI(lifespan=lifespan)
-
-
-@app.get("/database")
-async def database(session: SessionDep) -> str:
-    return str(await session.scalar(text("SELECT current_database()")))
+@app.get("/notes")
+async def read(session: AutocommitSessionDep) -> list[str]:
+    return list(await session.scalars(text("SELECT name FROM notes")))
 
 
 # The rest only shows that it works.
@@ -40,9 +24,19 @@ async def main() -> None:
     """Ask the application, without a network between."""
     import httpx  # noqa: PLC0415
 
+    from poolkit import session  # noqa: PLC0415
+
     transport = httpx.ASGITransport(app)
-    async with lifespan(app), httpx.AsyncClient(transport=transport) as client:
-        print((await client.get("http://app/database")).json())
+    async with (
+        lifespan()(app),
+        httpx.AsyncClient(transport=transport, base_url="http://app") as client,
+    ):
+        async with session() as opened:
+            await opened.execute(text("CREATE TABLE notes (name text)"))
+        print((await client.put("/notes/first")).json())
+        print((await client.get("/notes")).json())
+        async with session() as opened:
+            await opened.execute(text("DROP TABLE notes"))
 
 
 if __name__ == "__main__":

@@ -1,22 +1,12 @@
 """FastAPI: the pool's metrics at /metrics, with DATABASE_TELEMETRY=metrics."""
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-
 from fastapi import FastAPI
 
-from poolkit import create_async_engine, drain
+from poolkit import get_engine
+from poolkit.fastapi import lifespan
 from poolkit.telemetry.prometheus import metrics_app
 
-
-@asynccontextmanager
-async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-    app.state.engine = create_async_engine()
-    yield
-    await drain(app.state.engine)
-
-
-app = FastAPI(lifespan=lifespan)
+app = FastAPI(lifespan=lifespan())
 app.add_route("/metrics", metrics_app())  # type: ignore[arg-type]
 
 
@@ -26,8 +16,8 @@ async def main() -> None:
     import httpx  # noqa: PLC0415
 
     transport = httpx.ASGITransport(app)
-    async with lifespan(app), httpx.AsyncClient(transport=transport) as client:
-        async with app.state.engine.connect():
+    async with lifespan()(app), httpx.AsyncClient(transport=transport) as client:
+        async with get_engine().connect():
             found = (await client.get("http://app/metrics")).text
         for line in found.splitlines():
             name, labels, value = line.partition("{")[0], *line.rpartition(" ")[::2]

@@ -1,33 +1,38 @@
-"""Tests of a service, on a throwaway PostgreSQL."""
-
-from collections.abc import AsyncIterator, Iterator
+"""Tests of a service: each in a transaction that is rolled back, on a throwaway PostgreSQL."""
 
 import pytest
-import pytest_asyncio
-from sqlalchemy import text
-from sqlalchemy.ext.asyncio import AsyncEngine
-from sqlalchemy.pool import NullPool
+from sqlalchemy import MetaData, func, select
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-from poolkit import create_async_engine
-from poolkit.testing import postgres
+
+class Base(DeclarativeBase):
+    """The service's tables."""
+
+
+class Order(Base):
+    """What a customer wants."""
+
+    __tablename__ = "orders"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+
+
+async def place_order(session: AsyncSession) -> None:
+    """The code under test, which commits."""
+    session.add(Order())
+    await session.commit()
 
 
 @pytest.fixture(scope="session")
-def database_url() -> Iterator[str]:
-    with postgres() as server:
-        yield server.url
-
-
-@pytest_asyncio.fixture
-async def engine(database_url: str) -> AsyncIterator[AsyncEngine]:
-    # NullPool, since each test may run on an event loop of its own.
-    engine = create_async_engine(database_url, poolclass=NullPool)
-    yield engine
-    await engine.dispose()
+def poolkit_schema() -> MetaData:
+    """In conftest.py: the tables."""
+    return Base.metadata
 
 
 @pytest.mark.asyncio
-async def test_orders_start_empty(engine: AsyncEngine) -> None:
-    async with engine.begin() as connection:
-        await connection.execute(text("CREATE TEMPORARY TABLE orders (id int)"))
-        assert await connection.scalar(text("SELECT count(*) FROM orders")) == 0
+@pytest.mark.parametrize("time", ["once", "again"])
+async def test_placing_an_order(poolkit_session: AsyncSession, time: str) -> None:
+    await place_order(poolkit_session)
+
+    assert await poolkit_session.scalar(select(func.count(Order.id))) == 1, time

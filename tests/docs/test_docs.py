@@ -22,13 +22,25 @@ ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted(DOCS.rglob("*.md"))]
 EXAMPLES = sorted((DOCS / "examples").glob("*.py"))
+PARTS = sorted((DOCS / "examples").glob("*/**/*.py"))  # of a project; tests/recipes runs it
 
 NEEDS = {"fastapi_app.py": ("fastapi", "httpx"), "test_orders.py": ("pytest_asyncio",)}
 NEEDS |= {"test_faults.py": ("pytest_asyncio",)}
+NEEDS |= {"test_fastapi_orders.py": ("fastapi", "httpx", "anyio")}
+NEEDS |= {"fastapi_streaming.py": ("fastapi", "httpx")}
 NEEDS |= {"prometheus_fastapi.py": ("fastapi", "httpx", "prometheus_client")}
+NEEDS |= dict.fromkeys(("answer_faults.py", "status_page.py"), ("fastapi", "httpx"))
 NEEDS |= {"prometheus_server.py": ("prometheus_client",)}
 NEEDS |= {"use_logfire.py": ("logfire",)}
+NEEDS |= {"use_sqlmodel.py": ("sqlmodel",), "use_starlette.py": ("starlette", "httpx")}
+NEEDS |= {"sqlmodel_fastapi.py": ("sqlmodel", "fastapi", "httpx"), "write_scripts.py": ("typer",)}
+NEEDS |= {
+    "use_litestar.py": ("litestar", "httpx"),
+    "use_advanced_alchemy.py": ("advanced_alchemy",),
+}
 NEEDS |= {"export_metrics.py": ("opentelemetry.sdk",)}
+NEEDS |= {"serve_app.py": ("fastapi",), "gunicorn_conf.py": ("gunicorn", "uvicorn_worker")}
+NEEDS |= {"celery_tasks.py": ("celery",)}
 EXTRA_ENVIRONMENT = {"first_engine.py": {"DATABASE_STATEMENT_TIMEOUT": "1"}}
 EXTRA_ENVIRONMENT |= {"use_logfire.py": {"LOGFIRE_ENABLED": "true"}}
 EXTRA_ENVIRONMENT |= {"prometheus_fastapi.py": {"DATABASE_TELEMETRY": "metrics"}}
@@ -41,6 +53,7 @@ NOT_OURS = {
 MAKE_FAULTS = {
     f"{name}.py" for name in ("connect_errors", "handle_faults", "shut_down", "throwaway", "tls")
 }
+MAKE_FAULTS |= {"answer_faults.py"}
 LONGEST_LOOSE_SNIPPET = 2
 
 
@@ -135,7 +148,8 @@ def test_each_example_named_in_a_page_exists(kind):
     mark = re.compile(rf"<!-- {kind}: (\S+) -->")
     named = {name for page in PAGES for name in mark.findall(page.read_text(encoding="utf-8"))}
 
-    assert named <= {example.name for example in EXAMPLES}
+    files = {str(file.relative_to(DOCS / "examples")) for file in (*EXAMPLES, *PARTS)}
+    assert named <= files
 
 
 def test_each_example_is_in_a_page():

@@ -72,6 +72,32 @@ def test_an_unused_plugin_loads_no_test_helpers(pytester):
 
         def test_nothing_is_loaded():
             assert "poolkit.pytest_plugin" in sys.modules
-            assert "poolkit.testing" not in sys.modules
+            heavy = {"sqlalchemy", "asyncpg", "pydantic", "pydantic_settings", "greenlet"}
+            assert heavy & sys.modules.keys() == set()
+            assert [name for name in sys.modules if name.startswith("poolkit.")] == [
+                "poolkit.pytest_plugin"
+            ]
     """
-    passes(pytester, code, passed=1)
+    pytester.makepyfile(code)
+    run = pytester.runpytest_subprocess(
+        "-p", "no:cacheprovider", "-p", "no:looptime_plugin", "-p", "no:logfire"
+    )
+    run.assert_outcomes(passed=1)
+
+
+def test_the_plugin_needs_no_other_plugin(pytester, server):
+    """Without pytest-asyncio and anyio the fixtures are there for what runs loops by itself."""
+    code = """
+        import asyncio, sys
+        from sqlalchemy import text
+
+        def test_sync(poolkit_session):
+            assert asyncio.run(poolkit_session.scalar(text("SELECT 1"))) == 1
+            assert {"pytest_asyncio", "anyio"} & sys.modules.keys() == set()
+    """
+    pytester.makepyfile(code)
+    run = pytester.runpytest_subprocess(
+        "-W", "error", "-p", "no:cacheprovider", "-p", "no:looptime_plugin", "-p", "no:logfire",
+        "-p", "no:asyncio", "-p", "no:anyio", f"--poolkit-url={server.url}",
+    )  # fmt: skip
+    run.assert_outcomes(passed=1)
