@@ -12,7 +12,7 @@ import poolkit
 
 SOURCE = Path(poolkit.__file__).parent
 LAYERS = (
-    {"errors", "moments", "faults", "events", "reports", "_version"},
+    {"errors", "moments", "faults", "events", "reports", "loops", "_version"},
     {"url", "tls", "parameters", "sources", "contradictions", "settings"},
     {"scouts", "race", "addresses", "connect_failures", "route", "opening"}
     | {"driver", "connect", "dbapi"},

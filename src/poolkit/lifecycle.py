@@ -13,6 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from poolkit.errors import ConfigurationError
 from poolkit.events import E, Event, Observer
 from poolkit.pool import DrainReport, HandoffPool, PoolStats
+from poolkit.pool.base import living
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +104,11 @@ async def drain(engine: AsyncEngine, timeout: float = 30.0) -> DrainReport:
         ConfigurationError: The engine's pool is not a ``HandoffPool``.
     """
     return await _pool(engine).drain(timeout)
+
+
+def pools_of(engine: AsyncEngine | Engine) -> list[HandoffPool]:
+    """The engine's pool and those that it has replaced, as far as they are there."""
+    return living(engine.pool.lineage) if isinstance(engine.pool, HandoffPool) else []
 
 
 def _pool(engine: AsyncEngine | Engine) -> HandoffPool:

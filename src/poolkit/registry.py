@@ -14,7 +14,7 @@ import sys
 import threading
 import weakref
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,8 +23,9 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 
 from poolkit import sources
 from poolkit.engine import create_async_engine, read_environment
+from poolkit.lifecycle import pools_of
+from poolkit.loops import before_end
 from poolkit.options import Password
-from poolkit.pool import HandoffPool
 from poolkit.sessions import commit, make_sessionmaker
 from poolkit.settings import DatabaseSettings
 
@@ -136,10 +137,7 @@ class _Home:
         self._engines: dict[_Key, AsyncEngine] = {}
         self._sessionmakers: dict[_Key, async_sessionmaker[AsyncSession]] = {}
         self._stay()
-        self._ending = _end(weakref.ref(self))
-        first: Any = self._ending.__anext__()
-        with suppress(StopIteration):
-            first.send(None)  # begun, so that the loop has to end it
+        self._ending = before_end(partial(_close, weakref.ref(self)))
 
     def _stay(self) -> None:
         """Have the loop refer to this; a virtual clock may get that far."""
@@ -170,7 +168,7 @@ class _Home:
 
     async def close(self) -> None:
         """Close every connection, of pools that were replaced too."""
-        pools = [pool for engine in self.engines() for pool in _pools(engine)]
+        pools = [pool for engine in self.engines() for pool in pools_of(engine)]
         engines = self.engines()
         self._engines.clear()
         self._sessionmakers.clear()
@@ -181,25 +179,15 @@ class _Home:
     def __del__(self) -> None:
         """Drop the sockets: the loop was closed, and nobody waited for its generators."""
         for engine in self.engines():
-            for pool in _pools(engine):
+            for pool in pools_of(engine):
                 if pool.loop is self.loop:
                     pool.abandon()
 
 
-async def _end(home: weakref.ref[_Home]) -> AsyncIterator[None]:
-    """Ended by the loop's ``shutdown_asyncgens()``, on the loop and before it is closed."""
-    try:
-        yield
-    finally:
-        living = home()
-        if living is not None:
-            await living.close()
-
-
-def _pools(engine: AsyncEngine) -> list[HandoffPool]:
-    """The engine's pool and those that it has replaced."""
-    lineage = engine.pool.lineage if isinstance(engine.pool, HandoffPool) else []
-    return [pool for each in list(lineage) if isinstance(pool := each(), HandoffPool)]
+async def _close(reference: weakref.ref[_Home]) -> None:
+    home = reference()
+    if home is not None:
+        await home.close()
 
 
 _homes: weakref.WeakValueDictionary[int, _Home] = weakref.WeakValueDictionary()

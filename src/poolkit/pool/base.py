@@ -164,8 +164,8 @@ class PoolBase(Pool):
             dialect=self._dialect,
         )
         new.counters, new.lineage, new.serving = self.counters, self.lineage, self.serving
-        living = [each for each in self.lineage if each() is not None]
-        self.lineage[:] = [*living, weakref.ref(new)]  # at once: other threads read it
+        kept = [weakref.ref(pool) for pool in (*living(self.lineage), new)]
+        self.lineage[:] = kept  # at once: other threads read it
         self._replaced = True  # what is still waiting here is served, and nothing is kept
         if self._generation:  # disposed: what was opened while it closed the others goes, too
             self._generation += 1
@@ -405,6 +405,11 @@ class PoolBase(Pool):
         timer, self.keeper_timer = self.keeper_timer, None
         if timer is not None:
             timer.cancel()
+
+
+def living(lineage: Iterable[weakref.ref[PoolBase]]) -> list[Any]:
+    """Those of an engine's pools that are still there."""
+    return [pool for each in tuple(lineage) if (pool := each()) is not None]  # others write it
 
 
 Serving = Callable[[asyncio.AbstractEventLoop], Any]

@@ -16,7 +16,7 @@ from sqlalchemy import Engine
 from poolkit.events import CheckedIn, CheckedOut, CloseReason, ConnectionOpened, Observers
 from poolkit.faults import CONNECTING, FaultKind
 from poolkit.pool import HandoffPool
-from poolkit.pool.base import PoolBase
+from poolkit.pool.base import PoolBase, living
 from poolkit.pool.stats import Counters
 from poolkit.telemetry.attributes import POOL_NAME, database_attributes, pool_name
 from poolkit.telemetry.catalogue import CLOSE_REASON, FAULT_KIND, STATE
@@ -63,7 +63,7 @@ class Source:
 
     def pools(self) -> list[PoolBase]:
         """Its pools; one that was replaced may still have connections in use."""
-        return [pool for each in tuple(self._lineage) if (pool := each()) is not None]
+        return living(self._lineage)
 
     def counted(self) -> Counters:
         """What counts."""

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import suppress
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from sqlalchemy import event
-from sqlalchemy.ext.asyncio import AsyncEngine
 
-from poolkit import DatabaseSettings, HandoffPool, create_async_engine
+from poolkit import DatabaseSettings, create_async_engine
+from poolkit.lifecycle import pools_of
+from poolkit.loops import before_end
 
 GRACE = 1.0
 """Seconds that connections in use have to come back when their test or its loop ends."""
@@ -22,17 +22,14 @@ _ANSWER = 10.0
 class Ending:
     """A coroutine function that is called once: by `finish()`, or by its loop before that ends.
 
-    Made on the running event loop. Runners and `asyncio.run` have a loop end its asynchronous
-    generators before they close it, and this is one.
+    Made on the running event loop.
     """
 
     def __init__(self, close: Callable[[], Awaitable[None]]) -> None:
         self.loop = asyncio.get_running_loop()
         self._close = close
         self._done = False
-        self._generator = self._wait()
-        with suppress(StopIteration):
-            self._generator.__anext__().send(None)  # begun, so that the loop has to end it
+        self._generator = before_end(self._end)
 
     def finish(self) -> None:
         """Have it done now, from outside of the loop; nothing if it was done or the loop closed."""
@@ -44,12 +41,9 @@ class Ending:
         else:
             self.loop.run_until_complete(self._generator.aclose())
 
-    async def _wait(self) -> AsyncGenerator[None, None]:
-        try:
-            yield
-        finally:
-            self._done = True
-            await self._close()
+    async def _end(self) -> None:
+        self._done = True
+        await self._close()
 
 
 class TestEngine:
@@ -69,7 +63,7 @@ class TestEngine:
         """Leave no session at the server."""
         for ending in self._endings:
             ending.finish()
-        for pool in _pools(self.engine):
+        for pool in pools_of(self.engine):
             if pool.loop is not None and pool.loop.is_closed():
                 pool.abandon()  # it was closed without having been told of its generators
 
@@ -80,13 +74,7 @@ class TestEngine:
 
     async def _leave(self) -> None:
         loop = asyncio.get_running_loop()
-        pools = [pool for pool in _pools(self.engine) if pool.loop is loop]
+        pools = [pool for pool in pools_of(self.engine) if pool.loop is loop]
         await asyncio.gather(*(pool.drain(GRACE) for pool in pools))
         self._endings = [ending for ending in self._endings if ending.loop is not loop]
         await self.engine.dispose()  # the next loop may use it
-
-
-def _pools(engine: AsyncEngine) -> list[HandoffPool]:
-    """The engine's pool and those that it has replaced."""
-    lineage = engine.pool.lineage if isinstance(engine.pool, HandoffPool) else []
-    return [pool for each in list(lineage) if isinstance(pool := each(), HandoffPool)]
