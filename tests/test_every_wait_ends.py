@@ -29,8 +29,8 @@ from poolkit.testing import At, FaultProxy, PostgresServer, Signal
 
 CONNECT = 1.0
 PING = 0.3
-POOL = 0.5
-STATEMENT = 0.5
+POOL = 1.0
+STATEMENT = 1.0
 DRAIN = 0.2
 
 ANSWER = STATEMENT + BACKSTOP_MARGIN
