@@ -22,6 +22,7 @@ from benchmarks import (
     roundtrips,
     telemetry,
     waits,
+    web,
 )
 from benchmarks.model import Benchmark, Section
 from poolkit.testing import PostgresServer, postgres
@@ -31,6 +32,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "latency": latency.run,
     "cpu": cpu.run,
     "telemetry": telemetry.run,
+    "web": web.run,
     "waits": waits.run,
     "failing": failing.run,
     "cold": cold.run,

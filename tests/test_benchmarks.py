@@ -47,6 +47,23 @@ def test_round_trips(tmp_path):
     assert "# Benchmarks" in (tmp_path / "index.md").read_text()
 
 
+def test_web(tmp_path):
+    """Each contestant answers over HTTP, and ends when it is told."""
+    command = [sys.executable, "-m", "benchmarks", "--quick", "--only", "web"]
+    subprocess.run(
+        [*command, "--output", tmp_path],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=True,
+    )
+    (result,) = json.loads((tmp_path / "results.json").read_text()).values()
+    contestants = ["SessionDep", "AutocommitSessionDep", "get_db", "get_db, no pre-ping"]
+    assert [line[1] for line in result["figures"]] == contestants * 2
+    assert len(result["rows"]) == 8
+
+
 async def test_proxy_adds_latency_and_goes_silent(benchmarks, server):
     """At least the round-trip time it was told, and nothing once it is frozen."""
     through = import_module("benchmarks.engines").through
