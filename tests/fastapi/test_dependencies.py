@@ -15,6 +15,7 @@ from fastapi.responses import StreamingResponse
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError, InvalidRequestError, ResourceClosedError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.websockets import WebSocketDisconnect
 
@@ -359,18 +360,51 @@ async def test_the_isolation_level_is_the_default_afterwards():
     assert pool_stats(get_engine()).opened == 1
 
 
-async def test_what_is_pending_in_an_autocommit_session_is_sent():
-    """At the handler's end, as in any session."""
-    app, flushed = FastAPI(), []
+class Base(DeclarativeBase):
+    """Of the model."""
+
+
+class Parent(Base):
+    """A row of the table `parents`."""
+
+    __tablename__ = "parents"
+
+    id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+
+
+async def test_what_is_pending_in_an_autocommit_session_is_sent(witness):
+    """At the handler's end, as in any session: new, changed and deleted objects."""
+    app = FastAPI()
+
+    @app.get("/{step}")
+    async def write(step: str, session: AutocommitSessionDep) -> int:
+        if step == "new":
+            session.add_all([Parent(id=1), Parent(id=2)])
+        elif step == "changed":
+            (await session.get(Parent, 1)).id = 3
+        else:
+            await session.delete(await session.get(Parent, 2))
+        return 1
+
+    found = []
+    for step in ("new", "changed", "deleted"):
+        assert await status(app, path=f"/{step}") == 200
+        found.append(await parents(witness))
+    assert found == [[1, 2], [2, 3], [3]]
+
+
+async def test_what_is_pending_in_an_autocommit_session_may_fail(witness):
+    """As an error, and the connection is given back."""
+    app = FastAPI()
+    await witness.execute("INSERT INTO parents VALUES (1)")
 
     @app.get("/")
     async def write(session: AutocommitSessionDep) -> int:
-        monitor = session.sync_session
-        monitor.flush = lambda: flushed.append("flushed")
+        session.add(Parent(id=1))
         return 1
 
-    assert await status(app) == 200
-    assert flushed == ["flushed"]
+    assert await status(app) == 500
+    assert pool_stats(get_engine()).used == 0
 
 
 # -- Clients that leave ------------------------------------------------------------------------
@@ -567,6 +601,18 @@ async def test_fastapi_keeps_the_stack_of_what_ends_before_the_response():
 
     assert await status(app) == 200
     assert kinds == [contextlib.AsyncExitStack]
+
+
+@protocols
+def test_uvicorn_notes_whether_a_client_is_there(http, serve):
+    """What is asked before anything that costs more."""
+    app = FastAPI()
+
+    @app.get("/")
+    async def handler(request: Request) -> bool:
+        return request.receive.__self__.disconnected
+
+    assert httpx.get(serve(app, http=http).url).json() is False
 
 
 # -- WebSockets, test clients, overrides ---------------------------------------------------------

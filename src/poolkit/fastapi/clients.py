@@ -3,7 +3,8 @@
 What it leans on beyond documented interfaces stands here, and the tests fail where it changes:
 
 - FastAPI keeps the exit stack of what ends before the response in ``scope[FUNCTION_STACK]``;
-- Starlette's ``Request._stream_consumed`` is true once the whole body was read.
+- Starlette's ``Request._stream_consumed`` is true once the whole body was read;
+- where nothing wraps it, ``receive`` is a method of uvicorn's, whose object has ``disconnected``.
 """
 
 from __future__ import annotations
@@ -54,6 +55,9 @@ class Client:
 
 async def _has_gone(request: Request) -> bool:
     """Asks only where the answer cannot be a piece of the body that somebody may still want."""
+    known = getattr(getattr(request.receive, "__self__", None), "disconnected", None)
+    if isinstance(known, bool):
+        return known  # uvicorn's own note, at no cost
     if not request._stream_consumed:  # noqa: SLF001 (see above)
         if _may_have_body(request):
             return False

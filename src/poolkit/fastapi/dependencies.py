@@ -7,7 +7,6 @@ from typing import Annotated
 
 from fastapi import Depends
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
-from sqlalchemy.orm import Session
 from starlette.requests import HTTPConnection
 
 from poolkit.fastapi.clients import Client
@@ -79,15 +78,13 @@ async def get_autocommit_session(connection: HTTPConnection) -> AsyncIterator[As
     )
     try:
         yield session
-        await session.run_sync(_finish)
+        sync = session.sync_session
+        if sync.new or sync.dirty or sync.deleted:
+            await session.flush()
+        sync.close()  # nothing to wait for: no transaction is to be ended
     except BaseException:
         await _roll_back(session)
         raise
-
-
-def _finish(session: Session) -> None:
-    session.flush()
-    session.close()
 
 
 async def _roll_back(session: AsyncSession) -> None:
