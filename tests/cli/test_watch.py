@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import time
+import asyncio
 
 from rich.console import Console, RenderableType
 
 from poolkit import create_async_engine, pool_stats
-from poolkit.cli.watch import Sample, Seen, picture, timeline, watching
+from poolkit.cli.watch import Sample, Seen, came, picture, timeline, watching
 from poolkit.events import CheckedOut, CloseReason, ConnectionClosed, ConnectionOpened
 from poolkit.testing import PostgresServer
 
@@ -40,11 +40,33 @@ def test_events_are_told_in_words() -> None:
 def test_who_overtakes_is_seen() -> None:
     """A caller that came earlier and is served later was overtaken; in order, nobody was."""
     seen = Seen()
-    seen.note(CheckedOut(0.3, 0.0))
-    time.sleep(0.02)  # real: the observer reads the clock
-    seen.note(CheckedOut(0.3, 0.0))
+    for place in (1, 3):
+        came.set(place)
+        seen.note(CheckedOut(0.3, 0.0))
     assert seen.overtaken == 0
-    seen.note(CheckedOut(0.5, 0.0))
+    came.set(2)
+    seen.note(CheckedOut(0.3, 0.0))
+    assert seen.overtaken == 1
+
+
+async def test_a_newcomer_that_goes_first_is_seen(server: PostgresServer) -> None:
+    """The order in which callers come reaches the pool's events."""
+    engine = create_async_engine(server.url, pool_size=1, max_overflow=0, pool_overload_after=0.01)
+    order: list[int] = []
+
+    async def call(place: int) -> None:
+        came.set(place)
+        async with engine.connect():
+            order.append(place)
+
+    async with watching(engine, lambda _: None) as seen:
+        async with engine.connect():
+            callers = [asyncio.create_task(call(place)) for place in (1, 2)]
+            await asyncio.sleep(0.1)  # real: until the newest are served first
+        await asyncio.gather(*callers)
+    await engine.dispose()
+
+    assert order == [2, 1]
     assert seen.overtaken == 1
 
 

@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import NamedTuple
@@ -32,8 +33,8 @@ from poolkit.lifecycle import observe, pool_stats
 
 SAMPLE_EVERY = 0.01
 SHOW_EVERY = 0.1
-OVERTAKEN = 0.001
-"""Seconds; two callers that came closer together than this count as having come at once."""
+came: ContextVar[int] = ContextVar("came", default=0)
+"""A caller's place in the order in which they came; not by a clock, which a busy machine stops."""
 
 WIDTH = 48  # characters of a time line
 LEVELS, LEVELS_ASCII = "·▁▂▃▄▅▆▇█", ".:-=+*oO#"
@@ -71,16 +72,16 @@ class Seen:
     overtaken: int = 0
     pings: int = 0
     pings_failed: int = 0
-    _latest: float = 0.0
+    _latest: int = 0
 
     def note(self, event: Event) -> None:
         """Be told of an event."""
         self.events[type(event)] += 1
         match event:
             case CheckedOut(wait=wait) if wait:
-                came = time.perf_counter() - wait
-                self.overtaken += came < self._latest - OVERTAKEN
-                self._latest = max(came, self._latest)
+                place = came.get()
+                self.overtaken += place < self._latest
+                self._latest = max(place, self._latest)
                 self.waits.append(wait)
             case ConnectionClosed(reason=reason):
                 self.closed[reason] += 1

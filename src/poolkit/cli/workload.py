@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from dataclasses import dataclass, field
 
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from poolkit.cli.watch import Seen, Watch
+from poolkit.cli.watch import Seen, Watch, came
 
 FEW, MANY = 5, 40
 """Workers: as many as find a connection each, and more than there are connections."""
@@ -27,6 +28,8 @@ _CREATE = text("""
 _INSERT = text("INSERT INTO poolkit_demo (worker, note) VALUES (:worker, :note) RETURNING id")
 _SELECT = text("SELECT note FROM poolkit_demo WHERE id = :id")
 _COUNT = text("SELECT count(*) FROM poolkit_demo")
+
+_places = itertools.count(1)
 
 
 @dataclass(slots=True)
@@ -108,6 +111,7 @@ async def _phase(engine: AsyncEngine, workers: int, seconds: float) -> Phase:
 
 async def _work(engine: AsyncEngine, worker: int, end: float, phase: Phase) -> None:
     while (asked := time.perf_counter()) < end:
+        came.set(next(_places))
         async with engine.connect() as connection:
             got = time.perf_counter()
             note = f"written at {asked}"
