@@ -134,6 +134,7 @@ def test_another_prefix_for_a_second_database(monkeypatch) -> None:
     monkeypatch.setenv("REPORTS_POOL_SIZE", "none")
     (problem,) = problems(_env_prefix="REPORTS_")
     assert problem.startswith("REPORTS_POOL_SIZE='none'")
+    assert DatabaseSettings.variable("url") == "DATABASE_URL"
 
 
 def test_the_password_from_a_file(monkeypatch, tmp_path: Path) -> None:

@@ -310,6 +310,13 @@ class DatabaseSettings(BaseSettings):
     def _check_all(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
         """Report bad fields and contradictions between the good ones together."""
         try:
+            return cls._checked(data, handler)
+        finally:
+            sources.prefix.set(sources.PREFIX)  # no longer under construction
+
+    @classmethod
+    def _checked(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        try:
             settings, problems = handler(data), {}
         except ValidationError as error:
             problems = cls._field_problems(error)

@@ -43,7 +43,8 @@ _SHORT = 4
 ENVIRONMENT, DOTENV, PARAMETERS = "environment", ".env", "the URL's parameters"
 """Origins of values; each other one is a file's or an argument's."""
 
-prefix: ContextVar[str] = ContextVar("prefix", default="DATABASE_")
+PREFIX = "DATABASE_"
+prefix: ContextVar[str] = ContextVar("prefix", default=PREFIX)
 """The prefix of the settings under construction; messages name variables by it."""
 
 _origins: ContextVar[dict[str, str] | None] = ContextVar("origins", default=None)

@@ -10,10 +10,7 @@ What it leans on beyond documented interfaces stands here, and the tests fail wh
 from __future__ import annotations
 
 import asyncio
-import types
-from collections.abc import Generator
 from contextlib import AsyncExitStack
-from typing import Any
 
 from fastapi import HTTPException
 from starlette.requests import ClientDisconnect, HTTPConnection, Request
@@ -65,49 +62,15 @@ async def _has_gone(request: Request) -> bool:
             await request.body()  # there is none; the message that says so stays readable
         except ClientDisconnect:
             return True
-    is_servers_own = isinstance(request.receive, types.MethodType)
-    look = _glance if is_servers_own else _patient_glance
-    message = await look(request.receive)
+    message = await _glance(request.receive)
     return message is not None and message["type"] == "http.disconnect"
 
 
-@types.coroutine
-def _glance(receive: Receive) -> Generator[Any, Any, Message | None]:
-    """What there is to receive at once; else the waiting is cancelled.
+async def _glance(receive: Receive) -> Message | None:
+    """What there is to receive within a few turns of the event loop; else the waiting is cancelled.
 
-    ``Request.is_disconnected()`` asks the same at several times the cost.
-    """
-    waiting = receive().__await__()
-    cancellations = _cancellations()
-    try:
-        waiting.send(None)
-        pending = waiting.throw(asyncio.CancelledError())
-        while True:  # the server has something to do before it is cancelled
-            try:
-                sent = yield pending
-            except BaseException as error:  # noqa: BLE001 (for the server to raise)
-                pending = waiting.throw(error)
-            else:
-                pending = waiting.send(sent)
-    except StopIteration as returned:
-        found: Message | None = returned.value
-        return found
-    except asyncio.CancelledError:
-        if _cancellations() != cancellations:
-            raise
-        return None
-
-
-def _cancellations() -> int:
-    task = asyncio.current_task()
-    return 0 if task is None else task.cancelling()
-
-
-async def _patient_glance(receive: Receive) -> Message | None:
-    """The same where middleware has wrapped ``receive``, and may have tasks of its own.
-
-    ``BaseHTTPMiddleware`` passes a message on only after a few turns of the event loop, and where
-    several are nested, their cancellation can end in any error: hence a task.
+    ``BaseHTTPMiddleware`` takes some to pass a message on, and where several are nested, their
+    cancellation can end in any error: hence a task, and not ``Request.is_disconnected()``.
     """
     receiving = asyncio.ensure_future(receive())
     try:

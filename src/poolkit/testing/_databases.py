@@ -13,9 +13,7 @@ import hashlib
 import os
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextvars import copy_context
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, TypeVar
 from urllib.parse import quote, urlencode
 
@@ -71,8 +69,7 @@ def settings_of(server: PostgresServer) -> DatabaseSettings:
     """For a server, every default; not from DATABASE_* nor .env, which may name a live one."""
     arguments: dict[str, Any] = {"url": server.url, "logfire_enabled": False}
     arguments |= {"_env_prefix": "POOLKIT_", "_env_file": None}
-    # Apart: the prefix of the variables is remembered in the context.
-    return copy_context().run(partial(DatabaseSettings, **arguments))
+    return DatabaseSettings(**arguments)
 
 
 def environ(settings: DatabaseSettings) -> dict[str, str]:
