@@ -221,6 +221,8 @@ async def test_probing_does_not_keep_a_pool_alive(server):
     for _ in range(100):  # between two probes
         await asyncio.sleep(0.05)
         gc.collect()
+        if gone() is None:
+            break
     assert gone() is None
     connects = server.connects
     await asyncio.sleep(5)
