@@ -58,7 +58,7 @@ async def served(url: str) -> AsyncIterator[str]:
     app, over = FastAPI(), asyncio.Event()
     install(app, engine=engine, status_page=True)
 
-    @app.get("/work/{milliseconds}")
+    @app.get("/slow/{milliseconds}")
     async def work(milliseconds: int) -> str:
         async with engine.connect() as connection:
             await connection.execute(text("SELECT pg_sleep(:s)"), {"s": milliseconds / 1000})
@@ -99,7 +99,7 @@ async def trouble(base: str, proxy: FaultProxy, scale: float) -> None:
         await load(client, 3, 4 * scale)
         proxy.accept()
         await load(client, 14, BUSY * scale)
-        await asyncio.gather(*(client.get("/work/5000") for _ in range(3)))
+        await asyncio.gather(*(client.get("/slow/5000") for _ in range(3)))
         held = [asyncio.create_task(client.get("/export")) for _ in range(2)]
         await asyncio.sleep(0.2)
         pressed = asyncio.create_task(load(client, 40, FULL * scale + 60, 600))
@@ -119,7 +119,7 @@ async def load(client: httpx.AsyncClient, callers: int, seconds: float, work: in
     async def caller() -> None:
         while time.monotonic() < ends:
             with contextlib.suppress(httpx.HTTPError):
-                await client.get(f"/work/{work}")
+                await client.get(f"/slow/{work}")
             await asyncio.sleep(0.02)
 
     async with asyncio.TaskGroup() as group:
