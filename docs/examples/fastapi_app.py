@@ -10,7 +10,8 @@ app = FastAPI(lifespan=lifespan())
 
 @app.put("/notes/{name}")
 async def write(name: str, session: SessionDep) -> str:
-    await session.execute(text("INSERT INTO notes VALUES (:name)"), {"name": name})
+    insert = text("INSERT INTO notes VALUES (:name) ON CONFLICT DO NOTHING")
+    await session.execute(insert, {"name": name})
     return name  # committed before the answer is sent
 
 
