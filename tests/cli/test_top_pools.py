@@ -432,20 +432,29 @@ main()
 
 
 SERVICE = """
-import asyncio, sys
+import asyncio, socket, sys
 from sqlalchemy import text
-from poolkit import DatabaseSettings, create_async_engine
+from poolkit import ConfigurationError, DatabaseSettings, create_async_engine
 from poolkit.errors import PoolTimeout
 from poolkit.telemetry.prometheus import start_metrics_server
 
+def serve():
+    while True:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        try:
+            return port, start_metrics_server(port)
+        except ConfigurationError:
+            pass  # somebody else was quicker
+
 async def main():
-    stop = start_metrics_server(int(sys.argv[1]))
+    port, stop = serve()
     engine = create_async_engine(pool_size=2, max_overflow=0, pool_timeout=0.1)
     async with engine.connect() as first, engine.connect():
         try:
             await engine.connect()
         except PoolTimeout:
-            print("ready", flush=True)
+            print(port, flush=True)
         await asyncio.to_thread(sys.stdin.readline)
     await engine.dispose()
     stop()
@@ -454,17 +463,16 @@ asyncio.run(main())
 """
 
 
-def test_a_real_service(run: Run, server: PostgresServer, closed_port: int) -> None:
+def test_a_real_service(run: Run, server: PostgresServer) -> None:
     """The names are those that the exporter writes: every number is found."""
     pytest.importorskip("opentelemetry.exporter.prometheus")
-    port = str(closed_port + 1 if closed_port < 65535 else closed_port - 1)
     environment = {
         "DATABASE_URL": server.url,
         "DATABASE_TELEMETRY": "metrics",
         "DATABASE_POOL_NAME": "shop",
     }
     with subprocess.Popen(
-        [sys.executable, "-c", SERVICE, port],
+        [sys.executable, "-c", SERVICE],
         env=os.environ | environment,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -473,7 +481,7 @@ def test_a_real_service(run: Run, server: PostgresServer, closed_port: int) -> N
         assert service.stdin is not None
         assert service.stdout is not None
         try:
-            assert service.stdout.readline() == "ready\n"
+            port = int(service.stdout.readline())
             done = run("top", f"http://127.0.0.1:{port}", "--json", "--interval", "0.1")
         finally:
             service.stdin.close()
