@@ -52,7 +52,7 @@ def get_engine(
     Raises:
         ConfigurationError: As ``create_async_engine``.
     """
-    wanted = _Key(_current_settings() if settings is None else settings, password)
+    wanted = _key(settings, password)
     loop = asyncio._get_running_loop()  # noqa: SLF001 (public in all but name)
     return _engine_of_no_loop(wanted) if loop is None else _home_of(loop).engine(wanted)
 
@@ -70,7 +70,7 @@ def get_sessionmaker(
     Raises:
         ConfigurationError: As ``create_async_engine``.
     """
-    wanted = _Key(_current_settings() if settings is None else settings, password)
+    wanted = _key(settings, password)
     loop = asyncio._get_running_loop()  # noqa: SLF001 (public in all but name)
     if loop is None:
         return make_sessionmaker(_engine_of_no_loop(wanted))
@@ -124,6 +124,10 @@ class _Key(NamedTuple):
     def make(self) -> AsyncEngine:
         """An engine with it."""
         return create_async_engine(settings=self.settings, password=self.password)
+
+
+def _key(settings: DatabaseSettings | None, password: Password | None) -> _Key:
+    return _Key(_current_settings() if settings is None else settings, password)
 
 
 # -- Loops -------------------------------------------------------------------------------------

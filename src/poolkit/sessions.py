@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
 
 from sqlalchemy import Connection, event
@@ -39,13 +40,24 @@ async def commit(session: AsyncSession) -> None:
     Raises:
         TransactionAborted: Nothing was committed.
     """
-    for connection in session.info.get(_CONNECTIONS, {}).values():
+    await commit_by(session.commit, session.info.get(_CONNECTIONS, {}).values())
+
+
+async def commit_by(
+    commit: Callable[[], Awaitable[None]], connections: Iterable[Connection]
+) -> None:
+    """Commit connections, each of which tells if the server answers with a rollback.
+
+    Raises:
+        TransactionAborted: Nothing was committed.
+    """
+    for connection in connections:
         if not connection.closed and not connection.invalidated:
             driver = connection.connection.driver_connection
             if is_ours(driver):
                 driver.check_next_commit()
     try:
-        await session.commit()
+        await commit()
     except Exception as error:
         if find_sqlstate(error) == IN_FAILED_TRANSACTION:
             raise aborted(error) from error

@@ -11,10 +11,8 @@ from sqlalchemy import exc as sa_exc
 from sqlalchemy.engine import Dialect
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncTransaction
 
-from poolkit.driver import is_ours
-from poolkit.errors import find_sqlstate
 from poolkit.fastapi.sessions import ended
-from poolkit.sessions import IN_FAILED_TRANSACTION, aborted
+from poolkit.sessions import commit_by
 
 
 def _starting(method: Any) -> Any:
@@ -104,17 +102,8 @@ class LazyConnection(AsyncConnection):
         Raises:
             TransactionAborted: The server rolled back, because a statement had failed.
         """
-        if not self.in_transaction():
-            return
-        sync = self._proxied
-        if not sync.invalidated and is_ours(driver := sync.connection.driver_connection):
-            driver.check_next_commit()
-        try:
-            await super().commit()
-        except Exception as error:
-            if find_sqlstate(error) == IN_FAILED_TRANSACTION:
-                raise aborted(error) from error
-            raise
+        if self.in_transaction():
+            await commit_by(super().commit, (self._proxied,))
 
     async def rollback(self) -> None:
         """Roll back; does nothing where nothing was done."""

@@ -104,13 +104,14 @@ def _report(pool: HandoffPool, record: PooledRecord, now: float) -> None:
     record.reported = True
     pool.counters.long_holders += 1
     held = now - record.taken_at
-    name, stack = _whereabouts(record.task() if record.task else None)
+    name, stack = whereabouts(record.task() if record.task else None)
     event = LongHolder(held, name, stack)
     reports.long_holder(event, pool.name).write()
     pool.observers.notify(event)
 
 
-def _whereabouts(task: asyncio.Task[Any] | None) -> tuple[str | None, str]:
+def whereabouts(task: asyncio.Task[Any] | None) -> tuple[str | None, str]:
+    """A task's name, and where it stands, as a traceback prints it."""
     if task is None or task.done():
         return None, "the task has ended"
     frames = traceback.StackSummary.extract((f, f.f_lineno) for f in _frames(task.get_coro()))

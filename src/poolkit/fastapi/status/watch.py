@@ -223,7 +223,7 @@ def _whereabouts(
         return None, None  # the pool does not note who takes a connection
     task = record.task() if record.task else None
     if seconds >= threshold:
-        return keeper._whereabouts(task)  # noqa: SLF001
+        return keeper.whereabouts(task)
     return None if task is None else task.get_name(), None
 
 
